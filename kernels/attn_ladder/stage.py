@@ -1,0 +1,165 @@
+"""What can be measured, found without importing it: stages, peers and variants, read from their files as literals.
+
+Every subject is one file with a literal `STAGE = Stage(...)`, `PEER = Peer(...)` or `VARIANT = Variant(...)` and
+the same interface:
+
+    forward(q, k, v, *, softmax_scale=None, causal=False, config=None) -> (out, lse or None)
+    unsupported(problem, capability) -> None, or one sentence saying why it cannot run
+
+Reading a title or a kernel hash needs neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A rung of the ladder. `removes` is the id of the constraint it removes, or None for the first."""
+
+    title: str
+    removes: str | None = None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A kernel of somebody else. `distribution` is the installed package whose version identifies it."""
+
+    title: str
+    distribution: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A stage with one thing changed. `of` names the stage's subject, `changes` says what differs."""
+
+    title: str
+    of: str
+    changes: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Anything that is measured. `kind` is `stage`, `peer` or `variant`."""
+
+    name: str
+    kind: str
+    title: str
+    removes: str | None
+    of: str | None
+    distribution: str | None
+    module: str
+    path: Path
+
+
+_KINDS = {"STAGE": (Stage, "stage"), "PEER": (Peer, "peer"), "VARIANT": (Variant, "variant")}
+
+
+def _read(path: Path, module: str, name: str) -> Subject:
+    for node in ast.parse(path.read_text()).body:
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            continue
+        if node.targets[0].id in _KINDS and isinstance(node.value, ast.Call):
+            cls, kind = _KINDS[node.targets[0].id]
+            values = {k.arg: ast.literal_eval(k.value) for k in node.value.keywords if k.arg}
+            literal = cls(**values)
+            return Subject(
+                name=name,
+                kind=kind,
+                title=literal.title,
+                removes=getattr(literal, "removes", None),
+                of=getattr(literal, "of", None),
+                distribution=getattr(literal, "distribution", None),
+                module=module,
+                path=path,
+            )
+    raise ValueError(
+        f"{path}: no literal STAGE, PEER or VARIANT; a subject's file must declare one"
+    )
+
+
+@cache
+def subjects() -> dict[str, Subject]:
+    """All subjects by name: `stage1` … in order, then the peers, then the variants."""
+    found: dict[str, Subject] = {}
+    for path in sorted(PACKAGE.glob("stage[0-9]_*.py")):
+        name = path.stem.split("_")[0]
+        found[name] = _read(path, f"attn_ladder.{path.stem}", name)
+    for folder in ("peers", "variants"):
+        for path in sorted((PACKAGE / folder).glob("[a-z]*.py")):
+            if path.stem in found:
+                raise ValueError(f"{path}: the subject name {path.stem!r} is used twice")
+            found[path.stem] = _read(path, f"attn_ladder.{folder}.{path.stem}", path.stem)
+    return found
+
+
+def subject(name: str) -> Subject:
+    """The subject called `name`. Raises `ValueError` listing the known ones."""
+    known = subjects()
+    if name not in known:
+        raise ValueError(f"subject {name!r} is unknown; known subjects: {', '.join(known)}")
+    return known[name]
+
+
+def load(name: str) -> ModuleType:
+    """Import the module of a subject (this is where torch and triton come in)."""
+    return importlib.import_module(subject(name).module)
+
+
+def _imported_files(tree: ast.Module) -> list[Path]:
+    """Files of this package that a module imports, however the import is written."""
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
+    files = []
+    for module in sorted(modules):
+        parts = module.split(".")
+        if parts[0] != PACKAGE.name or len(parts) == 1:
+            continue
+        path = PACKAGE.joinpath(*parts[1:]).with_suffix(".py")
+        if path.is_file():
+            files.append(path)
+    return files
+
+
+def _stripped(tree: ast.Module) -> str:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.dump(tree, annotate_fields=False)
+
+
+@cache
+def kernel_hash(name: str) -> str:
+    """Sixteen hex digits that change when what a subject runs changes.
+
+    Hashed is the syntax tree, without docstrings and comments, of the subject's file and of every file of this
+    package that it imports, directly or not. Its configurations are part of that file.
+    """
+    this_file = Path(__file__)
+    pending, seen, digest = [subject(name).path], set(), hashlib.sha256()
+    while pending:
+        path = pending.pop(0)
+        if path in seen or path == this_file:
+            continue
+        seen.add(path)
+        tree = ast.parse(path.read_text())
+        digest.update(_stripped(tree).encode())
+        pending += _imported_files(ast.parse(path.read_text()))
+    return digest.hexdigest()[:16]
