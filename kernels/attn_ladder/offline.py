@@ -1,0 +1,187 @@
+"""Compile kernels for a GPU that is not here, and read what the assembler made of them.
+
+Triton's wheel carries ptxas and nvdisasm, so registers, spills, shared memory, ptxas notes and
+machine code can be checked on any machine. A wrong target aborts the whole process, so tests go
+through `report`, which compiles in a subprocess:
+
+    report("attn_ladder.stage5_everything:offline", {"headdim": 64, "causal": True})
+
+where `offline(headdim=..., causal=...)` returns the fields of a `Source` as a dict. A stage needs
+to import nothing from here, so that a change here leaves its kernel hash alone.
+
+`python -m attn_ladder.offline module:function '{"headdim": 64}'` prints one report as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one CTA can have on sm_90
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kernel to compile; `signature` has the Triton type of every argument but the constexprs."""
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a kernel. `notes` are ptxas's remarks, `sass` is nvdisasm's text."""
+
+    registers: int
+    spill_bytes: int
+    shared: int
+    notes: tuple[str, ...]
+    sass: str
+    ptx: str
+
+
+def descriptor(dtype: str, block: list[int], layout: Any) -> str:
+    """The signature of a host TensorDescriptor: `descriptor("bf16", [1, 64, 1, 128], layout)`."""
+    return f"tensordesc<{dtype}{block},{layout!r}>"
+
+
+def compile_ptx(source: Source, capability: int = 90) -> tuple[str, int]:
+    """PTX and shared-memory bytes of a kernel, compiled in this process."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    names = source.kernel.arg_names
+    known = {**source.signature, **dict.fromkeys(source.constexprs, "constexpr")}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ValueError(f"{source.kernel.__name__}: no type or value for {', '.join(missing)}")
+    make = GluonASTSource if source.kernel.is_gluon() else ASTSource
+    constexprs = {(names.index(name),): value for name, value in source.constexprs.items()}
+    ast_source = make(source.kernel, {name: known[name] for name in names}, constexprs, {})
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(ast_source, target=target, options={"num_warps": source.num_warps})
+    return compiled.asm["ptx"], compiled.metadata.shared
+
+
+def assemble(ptx: str, arch: str = "sm_90a") -> tuple[str, str]:
+    """Messages of `ptxas -v`, called as Triton calls it, and nvdisasm's text."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [tools / "ptxas", "-lineinfo", "-v", f"--gpu-name={arch}", source, "-o", cubin]
+        assembled = subprocess.run(command, capture_output=True, text=True)
+        if assembled.returncode:
+            raise RuntimeError(f"ptxas --gpu-name={arch} failed: {assembled.stderr[-2000:]}")
+        disassembled = subprocess.run(
+            [tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True
+        )
+    return assembled.stderr, disassembled.stdout
+
+
+def read_ptxas(log: str) -> tuple[int, int, tuple[str, ...]]:
+    """Registers, bytes of spill stores and loads, and remarks (`(C7512) …`) from `ptxas -v`."""
+    registers = re.search(r"Used (\d+) registers", log)
+    if registers is None:
+        raise ValueError(f"no register count in the output of ptxas -v: {log[-500:]!r}")
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    notes = tuple(
+        line.split(":", 1)[1].strip() for line in log.splitlines() if re.search(r"\(C\d+\)", line)
+    )
+    return int(registers.group(1)), spills, notes
+
+
+def compile_offline(source: Source, capability: int = 90, arch: str = "sm_90a") -> Report:
+    """Compile and assemble in this process."""
+    ptx, shared = compile_ptx(source, capability)
+    log, sass = assemble(ptx, arch)
+    registers, spill_bytes, notes = read_ptxas(log)
+    return Report(registers, spill_bytes, shared, notes, sass, ptx)
+
+
+def report(factory: str, arguments: Mapping[str, Any], timeout: float = 120) -> Report:
+    """Compile in a subprocess what `module:function`, called with `arguments`, returns."""
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "attn_ladder.offline", factory, json.dumps(dict(arguments))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    if done.returncode:
+        raise RuntimeError(
+            f"compiling {factory} with {dict(arguments)} failed: {done.stderr[-3000:]}"
+        )
+    values = json.loads(done.stdout.splitlines()[-1])
+    return Report(**{**values, "notes": tuple(values["notes"])})
+
+
+def serialized(notes: tuple[str, ...]) -> list[str]:
+    """Notes saying that ptxas serialized the matrix instructions (C7510 to C7514)."""
+    return [
+        note for note in notes if re.search(r"\(C751[0-4]\)", note) or "serializ" in note.lower()
+    ]
+
+
+_LINE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", re.MULTILINE)
+
+
+def instructions(sass: str) -> list[tuple[str, str]]:
+    """`(opcode, operands)` of each instruction; a label is `("LABEL", name)`."""
+    listing = []
+    for line in sass.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line):
+            listing.append(("LABEL", label.group(1)))
+        elif match := _LINE.match(line):
+            listing.append((match.group(1), match.group(2).strip()))
+    return listing
+
+
+def inner_loops(sass: str) -> list[list[tuple[str, str]]]:
+    """Bodies of the innermost loops, each from a label to the branch back to it."""
+    listing = instructions(sass)
+    place = {name: i for i, (opcode, name) in enumerate(listing) if opcode == "LABEL"}
+    spans = []
+    for i, (opcode, operands) in enumerate(listing):
+        target = re.search(r"\(?(\.L_x_\d+)\)?", operands) if opcode.startswith("BRA") else None
+        if target and place.get(target.group(1), i) < i:
+            spans.append((place[target.group(1)], i))
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [listing[first : last + 1] for first, last in inner]
+
+
+def overlapped(body: list[tuple[str, str]], opcode: str = "MUFU.EX2") -> int:
+    """How many `opcode` stand between the last HGMMA issued and the wait for all of them."""
+    count = best = 0
+    flying = False
+    for name, operands in body:
+        if name.startswith("HGMMA"):
+            flying, count = True, 0
+        elif name.startswith("WARPGROUP.DEPBAR") and operands.endswith("0x0"):
+            best, flying = (max(best, count) if flying else best), False
+        elif flying and name.startswith(opcode):
+            count += 1
+    return best
+
+
+def _main(factory: str, arguments: str) -> None:
+    module, function = factory.split(":")
+    source = Source(**getattr(import_module(module), function)(**json.loads(arguments)))
+    print(json.dumps(asdict(compile_offline(source))))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
