@@ -46,28 +46,32 @@ class Config:
 
 
 CONFIGS = {
-    64: Config(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=2),
-    128: Config(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=2),
+    64: Config(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
+    128: Config(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
     256: Config(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
 }
 
 
 @triton.jit
-def load_tile(base_ptr, offs_row, stride_row, seqlen, headdim, BLOCK_D: tl.constexpr):
-    """Rows of Q, K or V, zero beyond the sequence: [len(offs_row), BLOCK_D]."""
+def load_tile(base_ptr, offs_row, stride_row, seqlen, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of Q, K or V, zero beyond the sequence where MASKED: [len(offs_row), BLOCK_D]."""
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = base_ptr + offs_row[:, None].to(tl.int64) * stride_row + offs_d[None, :]
-    return tl.load(ptrs, mask=(offs_row[:, None] < seqlen) & (offs_d[None, :] < headdim), other=0.0)
+    if BLOCK_D != HEADDIM:
+        return tl.load(ptrs, mask=(offs_row[:, None] < seqlen) & (offs_d[None, :] < HEADDIM), other=0.0)
+    if MASKED:
+        return tl.load(ptrs, mask=offs_row[:, None] < seqlen, other=0.0)
+    return tl.load(ptrs)
 
 
 @triton.jit
 def key_block(
-    acc, m_i, l_i, q, k_ptr, v_ptr, start_n, offs_m, stride_kn, stride_vn, seqlen_q, seqlen_k, headdim, qk_scale,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, m_i, l_i, q, k_ptr, v_ptr, start_n, offs_m, stride_kn, stride_vn, seqlen_q, seqlen_k, qk_scale,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BLOCK_N keys."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k = load_tile(k_ptr, offs_n, stride_kn, seqlen_k, headdim, BLOCK_D)
+    k = load_tile(k_ptr, offs_n, stride_kn, seqlen_k, HEADDIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k)) * qk_scale  # [BLOCK_M, BLOCK_N]
     if MASKED:
         keep = offs_n[None, :] < seqlen_k
@@ -75,11 +79,13 @@ def key_block(
             keep = keep & (offs_n[None, :] <= offs_m[:, None] + (seqlen_k - seqlen_q))
         scores = tl.where(keep, scores, float("-inf"))
     m_next = tl.maximum(m_i, tl.max(scores, 1))
-    m_safe = tl.where(m_next == float("-inf"), 0.0, m_next)  # a row without a key so far
+    m_safe = m_next
+    if MASKED:
+        m_safe = tl.where(m_next == float("-inf"), 0.0, m_next)  # a row without a key so far
     p = tl.exp2(scores - m_safe[:, None])
     alpha = tl.exp2(m_i - m_safe)
     l_i = l_i * alpha + tl.sum(p, 1)
-    v = load_tile(v_ptr, offs_n, stride_vn, seqlen_k, headdim, BLOCK_D)
+    v = load_tile(v_ptr, offs_n, stride_vn, seqlen_k, HEADDIM, BLOCK_D, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, m_next, l_i
 
@@ -89,8 +95,8 @@ def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_om, stride_oh,
-    seqlen_q, seqlen_k, nheads, group, headdim, qk_scale,
-    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    seqlen_q, seqlen_k, nheads, group, qk_scale,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile_m = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest causal tile first
     batch = (tl.program_id(1) // nheads).to(tl.int64)
@@ -102,7 +108,7 @@ def attention_kernel(
     lse_ptr += tl.program_id(1).to(tl.int64) * seqlen_q
 
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_tile(q_ptr, offs_m, stride_qm, seqlen_q, headdim, BLOCK_D)
+    q = load_tile(q_ptr, offs_m, stride_qm, seqlen_q, HEADDIM, BLOCK_D, True)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -118,13 +124,13 @@ def attention_kernel(
         )
     for start_n in range(0, interior, BLOCK_N):
         acc, m_i, l_i = key_block(
-            acc, m_i, l_i, q, k_ptr, v_ptr, start_n, offs_m, stride_kn, stride_vn, seqlen_q, seqlen_k, headdim,
-            qk_scale, CAUSAL, False, BLOCK_N, BLOCK_D,
+            acc, m_i, l_i, q, k_ptr, v_ptr, start_n, offs_m, stride_kn, stride_vn, seqlen_q, seqlen_k, qk_scale,
+            CAUSAL, False, BLOCK_N, HEADDIM, BLOCK_D,
         )  # fmt: skip
     for start_n in range(interior, end, BLOCK_N):
         acc, m_i, l_i = key_block(
-            acc, m_i, l_i, q, k_ptr, v_ptr, start_n, offs_m, stride_kn, stride_vn, seqlen_q, seqlen_k, headdim,
-            qk_scale, CAUSAL, True, BLOCK_N, BLOCK_D,
+            acc, m_i, l_i, q, k_ptr, v_ptr, start_n, offs_m, stride_kn, stride_vn, seqlen_q, seqlen_k, qk_scale,
+            CAUSAL, True, BLOCK_N, HEADDIM, BLOCK_D,
         )  # fmt: skip
 
     empty = l_i == 0.0
@@ -138,7 +144,7 @@ def attention_kernel(
     tl.store(
         out_ptrs,
         acc.to(out_ptr.dtype.element_ty),
-        mask=inside[:, None] & (offs_d[None, :] < headdim),
+        mask=inside[:, None] & (offs_d[None, :] < HEADDIM),
     )
     tl.store(lse_ptr + offs_m, lse, mask=inside)
 
@@ -168,8 +174,8 @@ def forward(
     attention_kernel[(triton.cdiv(seqlen_q, config.BLOCK_M), batch * nheads)](
         q, k, v, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        seqlen_q, seqlen_k, nheads, nheads // nheads_k, headdim, scale * LOG2_E,
-        CAUSAL=causal, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_D=block_d,
+        seqlen_q, seqlen_k, nheads, nheads // nheads_k, scale * LOG2_E,
+        CAUSAL=causal, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, HEADDIM=headdim, BLOCK_D=block_d,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
