@@ -15,8 +15,9 @@ DTYPE_BYTES = {"bf16": 2, "fp16": 2}
 class Problem:
     """One attention forward pass.
 
-    `id` uses only `[a-z0-9-]`, so that it can stand in file names and NVTX range names. `seqlen_*` count tokens of
-    one sequence, `nheads` query heads, `nheads_k` key/value heads; `page_size` is 0 where K and V are contiguous.
+    `id` uses only `[a-z0-9-]`, so that it can stand in file names and NVTX range names. `seqlen_*`
+    count tokens of one sequence, `nheads` query heads, `nheads_k` key/value heads; `page_size` is 0
+    where K and V are contiguous.
 
     Raises `ValueError` naming the field, its value and what was expected.
     """
@@ -51,7 +52,8 @@ class Problem:
                 )
         if self.nheads % self.nheads_k:
             raise ValueError(
-                f"problem {self.id}: nheads={self.nheads} must be a multiple of nheads_k={self.nheads_k}"
+                f"problem {self.id}: nheads={self.nheads} must be a multiple of "
+                f"nheads_k={self.nheads_k}"
             )
         if self.page_size < 0:
             raise ValueError(
@@ -107,7 +109,8 @@ def _parse(column: str, text: str) -> object:
 def read_problems(path: Path) -> dict[str, Problem]:
     """Read a tab-separated problem table into `{id: Problem}`, in file order.
 
-    Raises `ValueError` naming the file, the line and the field of a bad row, a duplicate id or a wrong header.
+    Raises `ValueError` naming the file, the line and the field of a bad row, a duplicate id or a
+    wrong header.
     """
     expected = [f.name for f in fields(Problem)]
     problems: dict[str, Problem] = {}
@@ -132,7 +135,8 @@ def read_problems(path: Path) -> dict[str, Problem]:
 
 
 def select(problems: dict[str, Problem], suite: str) -> list[Problem]:
-    """The problems of one suite, in file order. Raises `ValueError` listing the known suites if there are none."""
+    """The problems of one suite, in file order. Raises `ValueError` listing the known suites if
+    there are none."""
     chosen = [p for p in problems.values() if suite in p.suites]
     if not chosen:
         known = sorted({s for p in problems.values() for s in p.suites})

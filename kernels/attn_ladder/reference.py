@@ -1,7 +1,9 @@
-"""What is right: attention in fp32, and the error that low-precision PyTorch makes on the same inputs.
+"""What is right: attention in fp32, and the error that low-precision PyTorch makes on the same
+inputs.
 
-The acceptance rule is that of FlashAttention-3's own test suite (Shah et al., 2024; `hopper/test_flash_attn.py`):
-a kernel may err at most twice as much as PyTorch does when it computes in the input's precision, plus a rounding term.
+The acceptance rule is that of FlashAttention-3's own test suite (Shah et al., 2024;
+`hopper/test_flash_attn.py`): a kernel may err at most twice as much as PyTorch does when it
+computes in the input's precision, plus a rounding term.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ def attention_reference(
     Args:
         q: (batch, seqlen_q, nheads, headdim).
         k, v: (batch, seqlen_k, nheads_k, headdim), nheads % nheads_k == 0.
-        upcast: compute in fp32; otherwise in the dtype of the inputs, scaling K instead of Q, as FA3's tests do.
+        upcast: compute in fp32; otherwise in the dtype of the inputs, scaling K instead of Q, as
+        FA3's tests do.
 
-    Returns:
-        out (batch, seqlen_q, nheads, headdim), fp32 if `upcast` else the dtype of q, and the natural-log
-        log-sum-exp (batch, nheads, seqlen_q) in fp32. A row that sees no key gives 0 and -inf.
+    Returns: out (batch, seqlen_q, nheads, headdim), fp32 if `upcast` else the dtype of q, and the
+        natural-log log-sum-exp (batch, nheads, seqlen_q) in fp32. A row that sees no key gives 0
+        and -inf.
     """
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(q.shape[-1])
@@ -63,7 +66,8 @@ def attention_reference(
 
 
 def rounding_term(reference: torch.Tensor) -> float:
-    """FA3's absolute allowance: what adding and subtracting 0.3 costs at the reference's magnitude."""
+    """FA3's absolute allowance: what adding and subtracting 0.3 costs at the reference's
+    magnitude."""
     return 2.0 * (reference + 0.3 - 0.3 - reference).abs().max().item()
 
 

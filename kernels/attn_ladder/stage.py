@@ -1,7 +1,8 @@
-"""What can be measured, found without importing it: stages, peers and variants, read from their files as literals.
+"""What can be measured, found without importing it: every subject is read from its file as a
+literal.
 
-Every subject is one file with a literal `STAGE = Stage(...)`, `PEER = Peer(...)` or `VARIANT = Variant(...)` and
-the same interface:
+A file declares `STAGE = Stage(...)`, `PEER = Peer(...)`, `VARIANT = Variant(...)` or
+`CONTROL = Control(...)` and has this interface:
 
     forward(q, k, v, *, softmax_scale=None, causal=False, config=None) -> (out, lse or None)
     unsupported(problem, capability) -> None, or one sentence saying why it cannot run
@@ -14,17 +15,17 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A rung of the ladder. `removes` is the id of the constraint it removes, or None for the first."""
+    """A rung of the ladder. `removes` is the id of a constraint, or None for the first."""
 
     title: str
     removes: str | None = None
@@ -32,7 +33,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Peer:
-    """A kernel of somebody else. `distribution` is the installed package whose version identifies it."""
+    """A kernel of somebody else. `distribution` is the package whose version identifies it."""
 
     title: str
     distribution: str
@@ -40,7 +41,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Variant:
-    """A stage with one thing changed. `of` names the stage's subject, `changes` says what differs."""
+    """A stage with one thing changed. `of` names the stage, `changes` says what differs."""
 
     title: str
     of: str
@@ -48,8 +49,17 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Control:
+    """A kernel with a planted dose of a constraint; a subject for each dose, `<file>.<dose>`."""
+
+    title: str
+    constraint: str
+    doses: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Subject:
-    """Anything that is measured. `kind` is `stage`, `peer` or `variant`."""
+    """Anything that is measured. `kind` is `stage`, `peer`, `variant` or `control`."""
 
     name: str
     kind: str
@@ -59,20 +69,28 @@ class Subject:
     distribution: str | None
     module: str
     path: Path
+    constraint: str | None = None
+    dose: int | None = None
 
 
-_KINDS = {"STAGE": (Stage, "stage"), "PEER": (Peer, "peer"), "VARIANT": (Variant, "variant")}
+_KINDS = {
+    "STAGE": (Stage, "stage"),
+    "PEER": (Peer, "peer"),
+    "VARIANT": (Variant, "variant"),
+    "CONTROL": (Control, "control"),
+}
 
 
-def _read(path: Path, module: str, name: str) -> Subject:
+def _read(path: Path, module: str, name: str) -> list[Subject]:
     for node in ast.parse(path.read_text()).body:
         if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
             continue
         if node.targets[0].id in _KINDS and isinstance(node.value, ast.Call):
             cls, kind = _KINDS[node.targets[0].id]
-            values = {k.arg: ast.literal_eval(k.value) for k in node.value.keywords if k.arg}
-            literal = cls(**values)
-            return Subject(
+            literal = cls(
+                **{k.arg: ast.literal_eval(k.value) for k in node.value.keywords if k.arg}
+            )
+            found = Subject(
                 name=name,
                 kind=kind,
                 title=literal.title,
@@ -81,24 +99,28 @@ def _read(path: Path, module: str, name: str) -> Subject:
                 distribution=getattr(literal, "distribution", None),
                 module=module,
                 path=path,
+                constraint=getattr(literal, "constraint", None),
             )
+            doses = getattr(literal, "doses", ())
+            return [replace(found, name=f"{name}.{d}", dose=d) for d in doses] or [found]
     raise ValueError(
-        f"{path}: no literal STAGE, PEER or VARIANT; a subject's file must declare one"
+        f"{path}: no literal STAGE, PEER, VARIANT or CONTROL; a subject's file must declare one"
     )
 
 
 @cache
 def subjects() -> dict[str, Subject]:
-    """All subjects by name: `stage1` … in order, then the peers, then the variants."""
+    """All subjects by name: `stage1` … in order, then the peers, then variants and controls."""
     found: dict[str, Subject] = {}
     for path in sorted(PACKAGE.glob("stage[0-9]_*.py")):
-        name = path.stem.split("_")[0]
-        found[name] = _read(path, f"attn_ladder.{path.stem}", name)
+        (one,) = _read(path, f"attn_ladder.{path.stem}", path.stem.split("_")[0])
+        found[one.name] = one
     for folder in ("peers", "variants"):
         for path in sorted((PACKAGE / folder).glob("[a-z]*.py")):
-            if path.stem in found:
-                raise ValueError(f"{path}: the subject name {path.stem!r} is used twice")
-            found[path.stem] = _read(path, f"attn_ladder.{folder}.{path.stem}", path.stem)
+            for one in _read(path, f"attn_ladder.{folder}.{path.stem}", path.stem):
+                if one.name in found:
+                    raise ValueError(f"{path}: the subject name {one.name!r} is used twice")
+                found[one.name] = one
     return found
 
 
@@ -110,9 +132,23 @@ def subject(name: str) -> Subject:
     return known[name]
 
 
-def load(name: str) -> ModuleType:
-    """Import the module of a subject (this is where torch and triton come in)."""
-    return importlib.import_module(subject(name).module)
+def in_suite(name: str, suite: str) -> bool:
+    """Whether a subject is measured in a suite: controls in `control` alone, nothing else there."""
+    return (subject(name).kind == "control") == (suite == "control")
+
+
+def load(name: str) -> ModuleType | SimpleNamespace:
+    """Import a subject (this is where torch and triton come in); gives `forward` and `unsupported`.
+
+    A control's `forward` is bound to its dose.
+    """
+    found = subject(name)
+    module = importlib.import_module(found.module)
+    if found.dose is None:
+        return module
+    return SimpleNamespace(
+        forward=partial(module.forward, config=found.dose), unsupported=module.unsupported
+    )
 
 
 def _imported_files(tree: ast.Module) -> list[Path]:
@@ -149,8 +185,8 @@ def _stripped(tree: ast.Module) -> str:
 def kernel_hash(name: str) -> str:
     """Sixteen hex digits that change when what a subject runs changes.
 
-    Hashed is the syntax tree, without docstrings and comments, of the subject's file and of every file of this
-    package that it imports, directly or not. Its configurations are part of that file.
+    Hashed is the syntax tree, without docstrings and comments, of the subject's file and of every
+    file of this package that it imports, directly or not. Its configurations are part of that file.
     """
     this_file = Path(__file__)
     pending, seen, digest = [subject(name).path], set(), hashlib.sha256()

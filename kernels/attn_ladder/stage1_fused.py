@@ -1,16 +1,18 @@
 """Stage 1: the fused architecture, in plain Triton.
 
-Attention without the score matrix in memory (Dao et al., 2022): a CTA owns BLOCK_M query rows, streams over the
-keys BLOCK_N at a time, and keeps the running maximum m_i, the running sum l_i and the accumulator acc of the online
-softmax in registers (Milakov and Gimelshein, 2018). Nothing else is done: the compiler pipelines the loads, all
-warps of the CTA move through the loop in step, one CTA is launched for each query tile.
+Attention without the score matrix in memory (Dao et al., 2022): a CTA owns BLOCK_M query rows,
+streams over the keys BLOCK_N at a time, and keeps the running maximum m_i, the running sum l_i and
+the accumulator acc of the online softmax in registers (Milakov and Gimelshein, 2018). Nothing else
+is done: the compiler pipelines the loads, all warps of the CTA move through the loop in step, one
+CTA is launched for each query tile.
 
-This is the baseline of the ladder, so it removes no constraint. It runs wherever Triton runs (sm_80 and later, and
-the interpreter on a CPU), and is what `attn_ladder.attention` falls back to where there is no sm_90.
+This is the baseline of the ladder, so it removes no constraint. It runs wherever Triton runs (sm_80
+and later, and the interpreter on a CPU), and is what `attn_ladder.attention` falls back to where
+there is no sm_90.
 
-What limits it: the whole CTA waits at a barrier for every shared-memory tile, so the tensor pipe idles while the
-softmax runs. The `barrier` share of the stall samples and `tensor pipe active` are the witnesses; stage 2 attacks
-the first.
+What limits it: the whole CTA waits at a barrier for every shared-memory tile, so the tensor pipe
+idles while the softmax runs. The `barrier` share of the stall samples and `tensor pipe active` are
+the witnesses; stage 2 attacks the first.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of one CTA: BLOCK_M query rows × BLOCK_N keys, `num_warps` warps, `num_stages` of Triton's pipeliner."""
+    """Tile of one CTA: BLOCK_M query rows × BLOCK_N keys, `num_warps` warps, `num_stages` of
+    Triton's pipeliner."""
 
     BLOCK_M: int = 128
     BLOCK_N: int = 64
@@ -53,12 +56,22 @@ CONFIGS = {
 
 
 @triton.jit
-def load_tile(base_ptr, offs_row, stride_row, seqlen, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+def load_tile(
+    base_ptr,
+    offs_row,
+    stride_row,
+    seqlen,
+    HEADDIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Rows of Q, K or V, zero beyond the sequence where MASKED: [len(offs_row), BLOCK_D]."""
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = base_ptr + offs_row[:, None].to(tl.int64) * stride_row + offs_d[None, :]
     if BLOCK_D != HEADDIM:
-        return tl.load(ptrs, mask=(offs_row[:, None] < seqlen) & (offs_d[None, :] < HEADDIM), other=0.0)
+        return tl.load(
+            ptrs, mask=(offs_row[:, None] < seqlen) & (offs_d[None, :] < HEADDIM), other=0.0
+        )
     if MASKED:
         return tl.load(ptrs, mask=offs_row[:, None] < seqlen, other=0.0)
     return tl.load(ptrs)
@@ -66,8 +79,10 @@ def load_tile(base_ptr, offs_row, stride_row, seqlen, HEADDIM: tl.constexpr, BLO
 
 @triton.jit
 def key_block(
-    acc, m_i, l_i, q, k_ptr, v_ptr, start_n, offs_m, stride_kn, stride_vn, seqlen_q, seqlen_k, qk_scale,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, m_i, l_i, q, k_ptr, v_ptr, start_n, offs_m,
+    stride_kn, stride_vn, seqlen_q, seqlen_k, qk_scale,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BLOCK_N keys."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -93,10 +108,11 @@ def key_block(
 @triton.jit
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_ob, stride_om, stride_oh,
+    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh, stride_ob, stride_om, stride_oh,
     seqlen_q, seqlen_k, nheads, group, qk_scale,
-    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile_m = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest causal tile first
     batch = (tl.program_id(1) // nheads).to(tl.int64)
@@ -124,12 +140,14 @@ def attention_kernel(
         )
     for start_n in range(0, interior, BLOCK_N):
         acc, m_i, l_i = key_block(
-            acc, m_i, l_i, q, k_ptr, v_ptr, start_n, offs_m, stride_kn, stride_vn, seqlen_q, seqlen_k, qk_scale,
+            acc, m_i, l_i, q, k_ptr, v_ptr, start_n, offs_m,
+            stride_kn, stride_vn, seqlen_q, seqlen_k, qk_scale,
             CAUSAL, False, BLOCK_N, HEADDIM, BLOCK_D,
         )  # fmt: skip
     for start_n in range(interior, end, BLOCK_N):
         acc, m_i, l_i = key_block(
-            acc, m_i, l_i, q, k_ptr, v_ptr, start_n, offs_m, stride_kn, stride_vn, seqlen_q, seqlen_k, qk_scale,
+            acc, m_i, l_i, q, k_ptr, v_ptr, start_n, offs_m,
+            stride_kn, stride_vn, seqlen_q, seqlen_k, qk_scale,
             CAUSAL, True, BLOCK_N, HEADDIM, BLOCK_D,
         )  # fmt: skip
 
@@ -158,10 +176,11 @@ def forward(
     causal: bool = False,
     config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention forward; shapes and semantics as `attn_ladder.attention`, the last dimension contiguous.
+    """Attention forward; shapes and semantics as `attn_ladder.attention`, the last dimension
+    contiguous.
 
-    Returns out (batch, seqlen_q, nheads, headdim) in the dtype of q, and the natural-log log-sum-exp
-    (batch, nheads, seqlen_q) in fp32.
+    Returns out (batch, seqlen_q, nheads, headdim) in the dtype of q, and the natural-log
+    log-sum-exp (batch, nheads, seqlen_q) in fp32.
     """
     batch, seqlen_q, nheads, headdim = q.shape
     seqlen_k, nheads_k = k.shape[1], k.shape[2]
@@ -175,7 +194,8 @@ def forward(
         q, k, v, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         seqlen_q, seqlen_k, nheads, nheads // nheads_k, scale * LOG2_E,
-        CAUSAL=causal, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, HEADDIM=headdim, BLOCK_D=block_d,
+        CAUSAL=causal, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+        HEADDIM=headdim, BLOCK_D=block_d,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
@@ -184,7 +204,7 @@ def forward(
 def unsupported(problem: Problem, capability: tuple[int, int]) -> str | None:
     """Why this kernel cannot run a problem on a GPU of that compute capability, or None."""
     if capability < (8, 0):
-        return f"stage1 needs compute capability 8.0 or later; this GPU has {capability[0]}.{capability[1]}"
+        return f"stage1 needs compute capability 8.0; this GPU has {capability[0]}.{capability[1]}"
     if problem.headdim > 256:
         return f"stage1 supports headdim up to 256; the problem has headdim={problem.headdim}"
     return None

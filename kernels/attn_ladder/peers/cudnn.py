@@ -20,7 +20,7 @@ def forward(
     causal: bool = False,
     config: None = None,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA with this backend alone, on transposed views; the backend's log-sum-exp is not exposed."""
+    """SDPA with this backend alone, on transposed views; it exposes no log-sum-exp."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -36,7 +36,7 @@ def forward(
 def unsupported(problem: Problem, capability: tuple[int, int]) -> str | None:
     """Why this peer cannot run a problem on a GPU of that compute capability, or None."""
     if capability < (8, 0):
-        return f"cuDNN needs compute capability 8.0 or later; this GPU has {capability[0]}.{capability[1]}"
+        return f"cuDNN needs compute capability 8.0; this GPU has {capability[0]}.{capability[1]}"
     if problem.causal and problem.seqlen_q != problem.seqlen_k:
         return "SDPA aligns a causal mask top-left; the problem needs bottom-right"
     return None

@@ -1,7 +1,8 @@
 """FlashAttention-3 (Shah et al., 2024), the kernel on the witness stand.
 
-The wheel `fa3-fwd` packs the upstream forward kernels (bf16 and fp8, no fp16). Another build with the same interface
-is named by the environment variable ATTN_LADDER_FA3_MODULE (config key `fa3_module`).
+The wheel `fa3-fwd` packs the upstream forward kernels (bf16 and fp8, no fp16). Another build with
+the same interface is named by the environment variable ATTN_LADDER_FA3_MODULE (config key
+`fa3_module`).
 """
 
 from __future__ import annotations
