@@ -1,0 +1,153 @@
+"""The configuration: checked before anything else runs, with errors that name the key, its value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attn_ladder.problem import Problem, read_problems, select
+from attn_ladder.stage import subjects as known_subjects
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+
+Config = Mapping[str, Any]
+
+
+class ConfigError(ValueError):
+    """One or more things that are wrong with the configuration, a line each."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a valid configuration selects: subjects by name, problems by suite."""
+
+    subjects: tuple[str, ...]
+    problems: Mapping[str, tuple[Problem, ...]]
+
+
+def suites(config: Config) -> dict[str, list[str]]:
+    """The suites of each step, `time` split by regime."""
+    chosen = config["suites"]
+    steps = {"check": chosen["check"], "host": chosen["host"], "profile": chosen["profile"]}
+    return steps | {f"time.{regime}": names for regime, names in chosen["time"].items()}
+
+
+def raw_files(config: Config) -> list[str]:
+    """The files of a complete run, relative to its folder."""
+    chosen = suites(config)
+    files = ["device.json"]
+    files += [f"check/{suite}.json" for suite in chosen["check"]]
+    for regime in config["suites"]["time"]:
+        files += [f"timing/{suite}.{regime}.json" for suite in chosen[f"time.{regime}"]]
+    files += [f"host/{suite}.json" for suite in chosen["host"]]
+    files += [f"ncu/{suite}.json" for suite in chosen["profile"]]
+    return files
+
+
+def _closest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _key(error: ValidationError, *more: str) -> str:
+    return ".".join([*(str(part) for part in error.absolute_path), *more])
+
+
+def _kind(wanted: object) -> str:
+    names = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false"}
+    names |= {"array": "a list", "object": "a group of keys", "null": "null"}
+    wanted = wanted if isinstance(wanted, list) else [wanted]
+    return " or ".join(names[str(name)] for name in wanted)
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """An error of the schema in our words."""
+    key, value, wanted = _key(error), error.instance, error.validator_value
+    shown = f"{key}={value!r}"
+    match error.validator:
+        case "additionalProperties":
+            known = list(error.schema["properties"])
+            unknown = [name for name in value if name not in known]
+            where = f"keys of {key}" if key else "keys"
+            return [
+                f"{_key(error, str(name))!r} is not a key{_closest(str(name), known)} {where}: {', '.join(known)}"
+                for name in unknown
+            ]
+        case "required":
+            absent = [name for name in wanted if name not in value]
+            return [f"{_key(error, name)!r} is missing; config/config.yaml has its default" for name in absent]
+        case "type":
+            return [f"{shown} must be {_kind(wanted)}"]
+        case "enum":
+            return [f"{shown} must be one of {', '.join(wanted)}{_closest(str(value), wanted)}"]
+        case "minItems":
+            return [f"{shown} selects nothing; name at least one"]
+        case "uniqueItems":
+            return [f"{shown} names something twice"]
+        case "oneOf" if key == "subjects":
+            if value == []:
+                return [f"{shown} selects nothing; name at least one, or write subjects: all"]
+            return [f"{shown} must be all, or a list of different names"]
+        case "pattern":
+            return [f"{shown} must match {wanted}"]
+        case "minimum" | "maximum" | "exclusiveMinimum":
+            signs = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "more than"}
+            return [f"{shown} must be {signs[error.validator]} {wanted}"]
+        case _:
+            return [f"{key}: {error.message}" if key else error.message]
+
+
+def _check_shape(config: Config, schema: Path) -> None:
+    validator = Draft202012Validator(json.loads(schema.read_text()))
+    errors = sorted(validator.iter_errors(dict(config)), key=lambda error: [str(p) for p in error.absolute_path])
+    lines = list(dict.fromkeys(line for error in errors for line in _explain(error)))
+    if lines:
+        raise ConfigError("\n".join(f"config: {line}" for line in lines))
+
+
+def validate(config: Config, root: Path) -> Selection:
+    """Check a merged configuration against the schema, the problem table and the subjects there are.
+
+    `root` is the folder that paths in the configuration start from. Raises `ConfigError`.
+    """
+    _check_shape(config, root / "config" / "config.schema.json")
+    table = root / config["problems"]
+    for key in ("problems", "constraints"):
+        if not (root / config[key]).is_file():
+            raise ConfigError(f"config: {key}={config[key]!r} is not a file in {root}")
+    try:
+        problems = read_problems(table)
+    except ValueError as error:
+        raise ConfigError(f"config: problems: {error}") from None
+
+    chosen: dict[str, tuple[Problem, ...]] = {}
+    suites_there = sorted({suite for problem in problems.values() for suite in problem.suites})
+    for step, names in suites(config).items():
+        for name in names:
+            try:
+                chosen[name] = tuple(select(problems, name))
+            except ValueError as error:
+                raise ConfigError(f"config: suites.{step}: {error}{_closest(name, suites_there)}") from None
+    checked = {problem.id for suite in config["suites"]["check"] for problem in chosen[suite]}
+    for step, names in suites(config).items():
+        for name in names:
+            unchecked = [problem.id for problem in chosen[name] if problem.id not in checked]
+            if unchecked:
+                raise ConfigError(
+                    f"config: suites.{step}: {name!r} holds {', '.join(unchecked)}, which no suite of suites.check "
+                    "covers; only what passed its check is measured, so add a suite that holds it"
+                )
+
+    names = list(known_subjects())
+    if config["subjects"] != "all":
+        for name in config["subjects"]:
+            if name not in names:
+                raise ConfigError(
+                    f"config: subjects: {name!r} is unknown{_closest(name, names)}; known subjects: {', '.join(names)}"
+                )
+        names = [name for name in names if name in config["subjects"]]
+    return Selection(tuple(names), chosen)

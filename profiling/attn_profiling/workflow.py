@@ -1,0 +1,182 @@
+"""What the Snakefile asks before it lists a rule: is the configuration valid, which tier, which files, which prefix."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from attn_ladder.problem import Problem
+
+from attn_profiling import container, environment, record
+from attn_profiling.config import Config, ConfigError, raw_files, validate
+
+
+def commit(root: Path) -> tuple[str, bool]:
+    """The commit that is checked out in `root` and whether tracked files differ from it.
+
+    Where there is no repository the file COMMIT (`<id>` or `<id> dirty`) says it; else the id is "unknown".
+    """
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        if head.returncode == 0 and re.fullmatch(r"[0-9a-f]{40}", head.stdout.strip()):
+            changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+            return head.stdout.strip(), bool(changed.stdout.strip())
+    except FileNotFoundError:
+        pass
+    words = (root / "COMMIT").read_text().split() if (root / "COMMIT").is_file() else []
+    return (words[0], "dirty" in words[1:]) if words else ("unknown", False)
+
+
+def pick_tier(config: Config) -> str:
+    """`measure` or `replay`: what `tier: auto` means on this machine."""
+    if config["tier"] == "auto":
+        return "measure" if environment.has_gpu() else "replay"
+    if config["tier"] == "measure" and not environment.has_gpu() and "slurm" not in sys.argv:
+        raise ConfigError(
+            "config: tier='measure' needs an NVIDIA GPU, and nvidia-smi shows none; "
+            "use tier=replay to render the recorded run"
+        )
+    return str(config["tier"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One invocation of the workflow. `raw` is the folder of raw files, relative to the checkout."""
+
+    config: Config
+    tier: str
+    run: str
+    raw: Path
+    engine: str
+    subjects: tuple[str, ...]
+    problems: dict[str, tuple[Problem, ...]]
+    commit: str
+    dirty: bool
+
+    @property
+    def raw_files(self) -> list[str]:
+        """The files of a complete run, with their folder."""
+        return [str(self.raw / name) for name in raw_files(self.config)]
+
+    @property
+    def digest_file(self) -> Path:
+        """Where the digest of the image of this tier is kept."""
+        return Path(f"results/image/{self.tier}.digest")
+
+    @property
+    def image(self) -> list[str]:
+        """What every rule that runs a tool takes as an input: the image's digest, or nothing when native."""
+        return [] if self.engine == "none" else [str(self.digest_file)]
+
+    def cmd(self, tool: str, *, gpu: bool = False, counters: bool = False) -> str:
+        """The words that start `tool` in a shell command, inside the container if there is one."""
+        before = container.prefix(self.engine, self.digest_file, gpu=gpu, counters=counters)
+        if before or tool != "attn-profiling" or shutil.which(tool):
+            return before + tool
+        return f"{sys.executable} -m attn_profiling.cli"
+
+    @cached_property
+    def build(self) -> str:
+        """The shell command that builds the image of this tier, up to its --out."""
+        engine = self.config["container"]["engine"]
+        words = [sys.executable, "-m", "attn_profiling.container", "build", "--target", self.tier]
+        words += ["--engine", "auto" if engine == "none" else engine]
+        for key in ("base", "ca"):
+            if self.config["container"][key]:
+                words += [f"--{key}", self.config["container"][key]]
+        return " ".join(words)
+
+    def banner(self) -> str:
+        """Tier, device, commit and image, as printed first and stamped on what is rendered."""
+        if self.engine == "none":
+            image = "none, native"
+        elif self.digest_file.is_file():
+            image = f"{self.digest_file.read_text().strip()} ({self.engine})"
+        else:
+            image = f"to be built ({self.engine})"
+        where = self.config["device"] if self.tier == "replay" else "this machine's GPU"
+        dirty = " with local changes" if self.dirty else ""
+        return (
+            f"tier: {self.tier}   device: {where}   run: {self.raw}/\n"
+            f"commit: {self.commit}{dirty}   image: {image}"
+        )
+
+
+def _run_id(config: Config) -> str:
+    """The run's id; a new one is made once and inherited by the processes that Snakemake starts."""
+    if config["run"]:
+        return str(config["run"])
+    return os.environ.setdefault("ATTN_LADDER_RUN", time.strftime("%Y%m%d-%H%M%S"))
+
+
+def _write_config(plan: Plan) -> None:
+    path = plan.raw / "config.json"
+    text = json.dumps(dict(plan.config), indent=1, sort_keys=True) + "\n"
+    if not path.is_file() or path.read_text() != text:
+        record.write_text(path, text)
+
+
+def _check_recorded(plan: Plan) -> None:
+    if not plan.raw.is_dir():
+        there = sorted(path.parent.name for path in Path("measurements").glob("*/device.json"))
+        raise ConfigError(
+            f"there is no recorded run in {plan.raw}/: recorded are {', '.join(there) or 'none'}. Name one of them "
+            "(--config device=NAME), or make one on a machine with the GPU: make measure, then make promote RUN=<id>"
+        )
+    absent = [name for name in plan.raw_files if not Path(name).is_file()]
+    if absent:
+        raise ConfigError(
+            f"the recorded run in {plan.raw}/ lacks {len(absent)} of {len(plan.raw_files)} files: "
+            f"{', '.join(str(Path(name).relative_to(plan.raw)) for name in absent)}. A replay measures nothing: leave "
+            "those suites out of the configuration, or measure on a machine with the GPU (make measure) and make the "
+            "result the recorded run (make promote RUN=<id>)"
+        )
+
+
+def prepare(config: Config, root: Path, targets: Collection[str], *, main: bool = True, dry: bool = False) -> Plan:
+    """Validate, decide and announce; in the main process also check what the run will need.
+
+    `targets` are those of the command line. Raises `ValueError` before any work is done.
+    """
+    selection = validate(config, root)
+    tier = pick_tier(config)
+    run = _run_id(config) if tier == "measure" else str(config["device"])
+    engine = container.choose(config["container"]["engine"], gpu=tier == "measure")
+    head, dirty = commit(root)
+    plan = Plan(
+        config=config,
+        tier=tier,
+        run=run,
+        raw=Path("runs", run) if tier == "measure" else Path("measurements", run),
+        engine=engine,
+        subjects=selection.subjects,
+        problems=dict(selection.problems),
+        commit=head,
+        dirty=dirty,
+    )
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    os.environ |= {"ATTN_LADDER_COMMIT": head, "ATTN_LADDER_DIRTY": str(int(dirty))}
+    os.environ["ATTN_LADDER_FA3_MODULE"] = str(config["fa3_module"])
+    if not main:
+        return plan
+    print(plan.banner(), file=sys.stderr, flush=True)
+    if tier == "replay" and set(targets) != {"container"}:
+        _check_recorded(plan)
+    if tier == "measure" and not dry:
+        _write_config(plan)
+    wants_pdf = config["paper"] and (not targets or {"all", "results/main.pdf"} & set(targets))
+    if wants_pdf and engine == "none":
+        missing = environment.missing_tex()
+        if missing:
+            raise ConfigError(environment.tex_message(missing))
+    return plan
