@@ -1,0 +1,141 @@
+"""Nsight Compute reports, read with NVIDIA's `ncu-report` package: no GPU and no Nsight installation needed."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from attn_profiling.metrics import Instruction, Kernel
+
+DOMAIN = "attn_ladder"
+_EXECUTED = "inst_executed"
+_SAMPLES = "smsp__pcsamp_warps_issue_stalled_"
+
+
+class BadReport(ValueError):
+    """A report is missing, truncated, or not one of Nsight Compute."""
+
+
+def locate(path: Path) -> Path:
+    """The report itself or its `.xz`. Raises `BadReport` where neither exists."""
+    packed = path.with_name(path.name + ".xz")
+    for candidate in (path, packed):
+        if candidate.is_file():
+            return candidate
+    raise BadReport(
+        f"{path}: no such report, and no {packed.name} beside it; profile again or fetch the whole run"
+    )
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a report, unpacked where it is stored as `.xz`."""
+    found = locate(path)
+    data = found.read_bytes()
+    if found.suffix != ".xz":
+        return data
+    try:
+        return lzma.decompress(data)
+    except (lzma.LZMAError, EOFError) as error:
+        raise BadReport(
+            f"{found}: cannot be unpacked ({error}); the file is truncated or not xz"
+        ) from None
+
+
+def check_sha256(path: Path, expected: str) -> bytes:
+    """The content of a report whose hash is the recorded one. Raises `BadReport` where it differs."""
+    data = content(path)
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != expected:
+        raise BadReport(
+            f"{path}: sha256 is {actual[:16]}…, the record says {expected[:16]}…; the report is truncated, foreign or "
+            "from another run: restore it or profile again"
+        )
+    return data
+
+
+@contextmanager
+def _on_disk(data: bytes, name: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / Path(name).with_suffix(".ncu-rep").name
+        path.write_bytes(data)
+        yield path
+
+
+def _instances(metric: Any) -> dict[int, float]:
+    ids = metric.correlation_ids()
+    return {
+        int(ids.as_uint64(n)): float(metric.as_double(n)) for n in range(metric.num_instances())
+    }
+
+
+def _instructions(action: Any, names: Sequence[str]) -> tuple[Instruction, ...]:
+    """Machine instructions with their execution counts and stall samples; empty without source counters."""
+    if _EXECUTED not in names:
+        return ()
+    executed_metric = action.metric_by_name(_EXECUTED)
+    if executed_metric is None or not executed_metric.has_correlation_ids():
+        return ()
+    executed = _instances(executed_metric)
+    samples: dict[int, dict[str, float]] = {}
+    for name in names:
+        if not name.startswith(_SAMPLES) or name.endswith("_not_issued"):
+            continue
+        metric = action.metric_by_name(name)
+        if metric is None or not metric.has_correlation_ids():
+            continue
+        for pc, count in _instances(metric).items():
+            samples.setdefault(pc, {})[name.removeprefix(_SAMPLES)] = count
+    return tuple(
+        Instruction(sass=str(action.sass_by_pc(pc)), executed=count, samples=samples.get(pc, {}))
+        for pc, count in sorted(executed.items())
+    )
+
+
+def _ranges(action: Any) -> tuple[str, ...]:
+    state = action.nvtx_state()
+    if state is None:
+        return ()
+    found: list[str] = []
+    for domain_id in state.domains():
+        domain = state.domain_by_id(domain_id)
+        if domain.name() == DOMAIN:
+            found += [str(name) for name in domain.push_pop_ranges()]
+    return tuple(found)
+
+
+def _kernel(action: Any, counters: Sequence[str]) -> Kernel:
+    names = list(action.metric_names())
+    known = set(names)
+    values = {c: float(action.metric_by_name(c).as_double()) for c in counters if c in known}
+    return Kernel(str(action.name()), _ranges(action), values, _instructions(action, names))
+
+
+def open_report(data: bytes, name: str, counters: Sequence[str]) -> list[Kernel]:
+    """The kernels of a report given as bytes, with the wanted counters that it holds, in launch order.
+
+    Raises `BadReport` naming the file where it is truncated, foreign or empty.
+    """
+    import ncu_report
+
+    with _on_disk(data, name) as path:
+        try:
+            context = ncu_report.load_report(str(path))
+            kernels = [
+                _kernel(context.range_by_idx(r).action_by_idx(a), counters)
+                for r in range(context.num_ranges())
+                for a in range(context.range_by_idx(r).num_actions())
+            ]
+        except (RuntimeError, ValueError, OSError, AttributeError) as error:
+            raise BadReport(
+                f"{name}: ncu-report cannot read it ({error}); is it a whole .ncu-rep?"
+            ) from None
+    if not kernels:
+        raise BadReport(
+            f"{name}: holds no profiled kernel; it is truncated, foreign or empty: profile again"
+        )
+    return kernels

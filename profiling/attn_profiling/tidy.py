@@ -1,0 +1,567 @@
+"""From the raw files of one run to `metrics.csv`, `speedups.csv` and the provenance that every table is stamped with.
+
+Reads exactly one run; ratios never cross runs. The same raw files give the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attn_ladder import stage
+from attn_ladder.problem import Problem, read_problems
+from attn_profiling import metrics, ncu_rep, record, stats
+from attn_profiling.stats import Interval
+
+METRICS_COLUMNS = (
+    "run", "device", "suite", "problem", "dtype", "subject", "regime", "metric", "unit", "statistic", "value",
+)  # fmt: skip
+SPEEDUPS_COLUMNS = (
+    "run", "device", "suite", "problem", "dtype", "regime", "subject", "peer", "ratio", "ci_low", "ci_high",
+    "n_processes", "n",
+)  # fmt: skip
+
+NO_REGIME = "-"
+MEDIAN, MINIMUM = "(median)", "(min)"
+"""Stand in the column `problem` for a reduction over the conclusive problems of a suite."""
+BEST = "best"
+"""Stands in the column `peer` for the fastest peer of each problem."""
+REFERENCE_PEER = "fa3"
+
+Row = dict[str, Any]
+Open = Callable[[bytes, str, Sequence[str]], list[metrics.Kernel]]
+
+_SAMPLED = {"event_us": "us", "clock_mhz": "MHz", "power_w": "W", "energy_mj": "mJ"}
+_HOST = ("eager_host_us", "eager_latency_us", "graph_latency_us", "fresh_pointer_host_us")
+
+
+@dataclass
+class Tables:
+    """What `tidy` writes: rows of both tables, and provenance with everything that was left out and why."""
+
+    metrics: list[Row] = field(default_factory=list)
+    speedups: list[Row] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def text(value: Any) -> str:
+    """One cell: floats with nine significant digits, so that the same numbers give the same bytes."""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float):
+        if not np.isfinite(value):
+            raise ValueError(f"{value=} must be finite; a missing value is a missing row")
+        return f"{value:.9g}"
+    return str(value)
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows sorted by every column but the values, as comma-separated text."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(sorted([text(row[c]) for c in columns] for row in rows))
+    return out.getvalue()
+
+
+def present(samples: Sequence[Sequence[float | None]] | None) -> list[list[float]]:
+    """Samples without readings that the machine did not give; empty where it gave none to a process."""
+    kept = [[value for value in process if value is not None] for process in samples or []]
+    return kept if all(kept) else []
+
+
+def base_name(subject: str) -> str:
+    """The subject behind an A/A twin: `fa3#2` is `fa3`."""
+    return subject.split("#")[0]
+
+
+class Run:
+    """The raw files of one run, each checked against its schema when it is read."""
+
+    def __init__(self, raw: Path) -> None:
+        self.raw = raw
+        if not (raw / "device.json").is_file():
+            raise FileNotFoundError(
+                f"{raw}: no device.json; name the folder of a run (runs/<id>, measurements/<device>)"
+            )
+        self.device = record.read(raw / "device.json", "device")
+        self.checks = self._all("check")
+        self.timings = self._all("timing")
+        self.hosts = self._all("host")
+        self.profiles = self._all("ncu")
+        for path, data in self.records():
+            if data["run"] != self.device["run"]:
+                raise ValueError(
+                    f"{path}: belongs to run {data['run']!r}, device.json to {self.device['run']!r}; a folder holds "
+                    "one run, ratios never cross runs"
+                )
+
+    def _all(self, kind: str) -> list[tuple[Path, dict[str, Any]]]:
+        return [
+            (path, record.read(path, kind)) for path in sorted((self.raw / kind).glob("*.json"))
+        ]
+
+    def records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        yield self.raw / "device.json", self.device
+        for group in (self.checks, self.timings, self.hosts, self.profiles):
+            yield from group
+
+
+class Tidier:
+    """Turns one run into tables. `open_report` reads Nsight Compute reports (replaced in tests)."""
+
+    def __init__(
+        self,
+        run: Run,
+        tier: str,
+        problems: Mapping[str, Problem],
+        open_report: Open = ncu_rep.open_report,
+    ) -> None:
+        self.run, self.tier, self.known = run, tier, problems
+        self.device = run.device["device"]
+        self.open_report = open_report
+        self.tables = Tables()
+        self.stale: list[dict[str, Any]] = []
+        self.excluded: list[dict[str, Any]] = []
+        self.inconclusive: list[dict[str, Any]] = []
+        self.chosen: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self._stale_seen: dict[tuple[str, str], bool] = {}
+        self.gpu_us: dict[tuple[str, str, str, str], tuple[Problem, stats.Replicates]] = {}
+
+    # -- rows
+
+    def metric(
+        self,
+        suite: str,
+        problem: Problem,
+        subject: str,
+        regime: str,
+        name: str,
+        unit: str,
+        **values: float,
+    ) -> None:
+        for statistic, value in values.items():
+            self.tables.metrics.append(
+                {
+                    "run": self.run.device["run"], "device": self.device, "suite": suite, "problem": problem.id,
+                    "dtype": problem.dtype, "subject": subject, "regime": regime, "metric": name, "unit": unit,
+                    "statistic": statistic, "value": float(value),
+                }
+            )  # fmt: skip
+
+    def interval(
+        self,
+        suite: str,
+        problem: Problem,
+        subject: str,
+        regime: str,
+        name: str,
+        unit: str,
+        found: Interval,
+    ) -> None:
+        self.metric(
+            suite, problem, subject, regime, name, unit,
+            median=found.value, ci_low=found.low, ci_high=found.high, n_processes=found.n_processes, n=found.n,
+        )  # fmt: skip
+
+    def speedup(
+        self,
+        suite: str,
+        problem: str,
+        dtype: str,
+        regime: str,
+        subject: str,
+        peer: str,
+        found: Interval,
+    ) -> None:
+        self.tables.speedups.append(
+            {
+                "run": self.run.device["run"], "device": self.device, "suite": suite, "problem": problem,
+                "dtype": dtype, "regime": regime, "subject": subject, "peer": peer, "ratio": found.value,
+                "ci_low": found.low, "ci_high": found.high, "n_processes": found.n_processes, "n": found.n,
+            }
+        )  # fmt: skip
+
+    # -- what is left out, and why
+
+    def is_stale(self, path: Path, data: record.Record, subject: str) -> bool:
+        """Whether a subject's results are left out; the reason goes into the provenance once a file."""
+        return self._is_stale(path, data, subject, lambda: record.stale(data, subject))
+
+    def is_stale_problem(self, path: Path, data: record.Record, raw: Mapping[str, Any]) -> bool:
+        """Whether a problem's results are left out, since the table of problems changed."""
+        why = lambda: record.stale_problem(data, raw, self.known)
+        return self._is_stale(path, data, raw["id"], why)
+
+    def _is_stale(
+        self, path: Path, data: record.Record, what: str, why: Callable[[], str | None]
+    ) -> bool:
+        key = (str(path), base_name(what))
+        if key not in self._stale_seen:
+            sentence = why()
+            self._stale_seen[key] = bool(sentence)
+            if sentence:
+                self.stale.append(
+                    {
+                        "file": path.relative_to(self.run.raw).as_posix(),
+                        "suite": data["suite"],
+                        "what": base_name(what),
+                        "commit": data["provenance"]["commit"],
+                        "reason": sentence,
+                    }
+                )
+        return self._stale_seen[key]
+
+    def entries(
+        self, path: Path, data: record.Record, key: str = "problems"
+    ) -> Iterator[tuple[dict[str, Any], Problem]]:
+        """The entries of a record whose problem still stands, with the reasons for subjects left out noted."""
+        for entry in data[key]:
+            if self.is_stale_problem(path, data, entry["problem"]):
+                continue
+            problem = record.problem_of(entry["problem"])
+            for subject, reason in sorted((entry.get("left_out") or {}).items()):
+                self.left_out(data, problem, subject, "left out", reason)
+            yield entry, problem
+
+    def left_out(
+        self,
+        data: record.Record,
+        problem: Problem,
+        subject: str,
+        status: str,
+        reason: str | None,
+    ) -> None:
+        kind = data["schema"].split("/")[1]
+        self.excluded.append(
+            {
+                "kind": kind, "suite": data["suite"], "problem": problem.id, "subject": subject,
+                "status": status, "reason": reason,
+            }
+        )  # fmt: skip
+
+    # -- the kinds of raw files
+
+    def checks(self) -> None:
+        for path, data in self.run.checks:
+            for result, problem in self.entries(path, data, "results"):
+                subject, suite = result["subject"], data["suite"]
+                if self.is_stale(path, data, subject):
+                    continue
+                if result["status"] != "ok":
+                    self.left_out(data, problem, subject, result["status"], result["message"])
+                if result["status"] in ("ok", "failed"):
+                    self.metric(
+                        suite, problem, subject, NO_REGIME, "correct", "1", value=result["ok"]
+                    )
+                for name in ("max_error", "reference_error", "bound", "lse_error"):
+                    if result[name] is not None:
+                        self.metric(
+                            suite, problem, subject, NO_REGIME, name, "1", value=result[name]
+                        )
+
+    def timings(self) -> None:
+        for path, data in self.run.timings:
+            suite, regime = data["suite"], data["regime"]
+            ratios: dict[tuple[str, str], list[tuple[Problem, stats.Replicates]]] = {}
+            for entry, problem in self.entries(path, data):
+                attempts = entry["attempts"]
+                attempt = next((a for a in attempts if a["ok"]), attempts[-1])
+                conclusive = entry["status"] == "ok"
+                samples = {
+                    subject: s
+                    for subject, s in attempt["samples"].items()
+                    if not self.is_stale(path, data, subject)
+                }
+                self._timed_problem(suite, problem, regime, samples)
+                self._attempts(suite, problem, regime, entry, samples, conclusive)
+                for pair, ratio in self._ratios(samples).items():
+                    found = ratio.interval()
+                    self.speedup(suite, problem.id, problem.dtype, regime, *pair, found)
+                    if conclusive:
+                        ratios.setdefault(pair, []).append((problem, ratio))
+            for pair, of in ratios.items():
+                dtype = "/".join(sorted({problem.dtype for problem, _ in of}))
+                for name, reduce in ((MEDIAN, np.median), (MINIMUM, np.min)):
+                    found = stats.over_problems([ratio for _, ratio in of], reduce).interval()
+                    self.speedup(suite, name, dtype, regime, *pair, found)
+
+    def _timed_problem(
+        self, suite: str, problem: Problem, regime: str, samples: Mapping[str, Any]
+    ) -> None:
+        for subject, taken in samples.items():
+            gpu = stats.replicates(taken["gpu_us"])
+            self.gpu_us[(suite, problem.id, subject, regime)] = (problem, gpu)
+            found = gpu.interval()
+            self.interval(suite, problem, subject, regime, "gpu_us", "us", found)
+            flat = np.concatenate([np.asarray(p, dtype=np.float64) for p in taken["gpu_us"]])
+            p5, p95 = np.percentile(flat, [5, 95])
+            self.metric(suite, problem, subject, regime, "gpu_us", "us", p5=p5, p95=p95)
+            for name, flops in (
+                ("tflops", problem.convention_flops),
+                ("tflops_exact", problem.flops),
+            ):
+                rate = replace(
+                    found, value=flops / found.value / 1e6, low=flops / found.high / 1e6,
+                    high=flops / found.low / 1e6,
+                )  # fmt: skip
+                self.interval(suite, problem, subject, regime, name, "TFLOPS", rate)
+            for name, unit in _SAMPLED.items():
+                values = present(taken.get(name))
+                if values:
+                    median = float(np.median(np.concatenate([np.asarray(p) for p in values])))
+                    self.metric(suite, problem, subject, regime, name, unit, median=median)
+            kernels = float(sum(taken["kernels"].values()))
+            self.metric(suite, problem, subject, regime, "timed_kernels", "1", value=kernels)
+
+    def _attempts(
+        self,
+        suite: str,
+        problem: Problem,
+        regime: str,
+        entry: Mapping[str, Any],
+        samples: Mapping[str, Any],
+        conclusive: bool,
+    ) -> None:
+        twins = [s for s in samples if "#" in s and base_name(s) in samples]
+        for twin in twins:
+            found = stats.ratio_interval(
+                samples[twin]["gpu_us"], samples[base_name(twin)]["gpu_us"]
+            )
+            self.interval(suite, problem, base_name(twin), regime, "aa_ratio", "1", found)
+        subject = base_name(twins[0]) if twins else "-"
+        self.metric(suite, problem, subject, regime, "conclusive", "1", value=conclusive)
+        self.metric(suite, problem, subject, regime, "attempts", "1", value=len(entry["attempts"]))
+        if not conclusive:
+            self.inconclusive.append(
+                {
+                    "suite": suite,
+                    "problem": problem.id,
+                    "regime": regime,
+                    "aa_ratios": [a["aa_ratio"] for a in entry["attempts"]],
+                    "reason": entry["attempts"][-1]["message"],
+                }
+            )
+        for name, config in sorted(entry["chosen"].items()):
+            if config:
+                self.chosen.append(
+                    {
+                        "suite": suite,
+                        "problem": problem.id,
+                        "regime": regime,
+                        "subject": name,
+                        "config": config,
+                    }
+                )
+
+    def _ratios(self, samples: Mapping[str, Any]) -> dict[tuple[str, str], stats.Replicates]:
+        """Which subject is compared with which: stages and variants with every peer, a stage with
+        the one before, a variant with what it varies, a dose with no dose, an A/A twin with itself.
+        """
+        known = stage.subjects()
+        names = [s for s in samples if "#" not in s]
+        peers = [s for s in names if known[s].kind == "peer"]
+        stages = [s for s in known if known[s].kind == "stage"]
+        ratios: dict[tuple[str, str], stats.Replicates] = {}
+
+        def add(subject: str, peer: str, label: str | None = None) -> None:
+            if subject != peer and subject in samples and peer in samples:
+                ratios[(subject, label or peer)] = stats.ratio_replicates(
+                    samples[subject]["gpu_us"], samples[peer]["gpu_us"]
+                )
+
+        best = min(peers, key=lambda s: float(np.median(samples[s]["gpu_us"][0])), default=None)
+        for name in names:
+            subject = known[name]
+            if subject.kind == "control":
+                if subject.dose:
+                    add(name, f"{name.rsplit('.', 1)[0]}.0")
+                continue
+            for peer in peers if subject.kind == "stage" else [REFERENCE_PEER]:
+                add(name, peer)
+            if best and subject.kind == "stage":
+                add(name, best, BEST)
+            if subject.kind == "stage" and stages.index(name):
+                add(name, stages[stages.index(name) - 1])
+            if subject.of:
+                add(name, subject.of)
+        for name in samples:
+            if "#" in name:
+                add(name, base_name(name))
+        return ratios
+
+    def hosts(self) -> None:
+        for path, data in self.run.hosts:
+            suite = data["suite"]
+            latencies: dict[str, dict[int, tuple[Problem, stats.Replicates]]] = {}
+            for entry, problem in self.entries(path, data):
+                for subject, taken in entry["samples"].items():
+                    if self.is_stale(path, data, subject):
+                        continue
+                    drawn = {n: stats.replicates(taken[n]) for n in _HOST if taken[n]}
+                    for name, found in drawn.items():
+                        self.interval(
+                            suite, problem, subject, NO_REGIME, name, "us", found.interval()
+                        )
+                    self._launch_share(suite, problem, subject, drawn)
+                    by_batch = latencies.setdefault(subject, {})
+                    by_batch[problem.batch] = (problem, drawn["eager_latency_us"])
+            for subject, by_batch in latencies.items():
+                self._per_sequence(suite, subject, NO_REGIME, "per_sequence_eager", by_batch)
+
+    def _launch_share(
+        self,
+        suite: str,
+        problem: Problem,
+        subject: str,
+        latencies: Mapping[str, stats.Replicates],
+    ) -> None:
+        """The part of a call's latency in which its kernels do not run, eager and in a graph."""
+        timed = self.gpu_us.get((suite, problem.id, subject, "spaced"))
+        if timed is None:
+            return
+        for latency, name in (
+            ("eager_latency_us", "launch_share"),
+            ("graph_latency_us", "launch_share_graph"),
+        ):
+            if latency in latencies:
+                share = latencies[latency].map(lambda us, gpu: 100 * (1 - gpu / us), timed[1])
+                self.interval(suite, problem, subject, NO_REGIME, name, "%", share.interval())
+
+    def per_sequence_gpu(self) -> None:
+        """GPU time per sequence at batch 1 over larger batches, where a suite varies the batch."""
+        groups: dict[tuple[str, str, str], dict[int, tuple[Problem, stats.Replicates]]] = {}
+        for (suite, _, subject, regime), (problem, gpu) in self.gpu_us.items():
+            if suite == "gate" and "#" not in subject:
+                groups.setdefault((suite, subject, regime), {})[problem.batch] = (problem, gpu)
+        for (suite, subject, regime), by_batch in groups.items():
+            self._per_sequence(suite, subject, regime, "per_sequence_gpu", by_batch)
+
+    def _per_sequence(
+        self,
+        suite: str,
+        subject: str,
+        regime: str,
+        name: str,
+        by_batch: Mapping[int, tuple[Problem, stats.Replicates]],
+    ) -> None:
+        if 1 not in by_batch:
+            return
+        for batch, (problem, many) in sorted(by_batch.items()):
+            if batch > 1:
+                gain = by_batch[1][1].map(lambda one, us, n=batch: n * one / us, many)
+                self.interval(suite, problem, subject, regime, name, "1", gain.interval())
+
+    def profiles(self) -> None:
+        counters = metrics.ncu_metrics()
+        for path, data in self.run.profiles:
+            version = data["content"]["ncu"]
+            for report, problem in self.entries(path, data, "reports"):
+                file = self.run.raw / report["file"]
+                kernels = self.open_report(
+                    ncu_rep.check_sha256(file, report["sha256"]), str(file), counters
+                )
+                for subject, expected in report["subjects"].items():
+                    if self.is_stale(path, data, subject):
+                        continue
+                    name = f"{problem.id}.{subject}"
+                    found = [k for k in kernels if name in k.ranges]
+                    if len(found) != expected:
+                        raise ncu_rep.BadReport(
+                            f"{file}: {len(found)} kernels in NVTX range {name}, the record says {expected}; the "
+                            "report is truncated or from another run: profile again"
+                        )
+                    where = f"{file} ({name}, ncu {version})"
+                    call = metrics.combine(found, problem, where)
+                    for metric, value in metrics.derive_all(call).items():
+                        unit = metrics.BY_ID[metric].unit
+                        self.metric(
+                            data["suite"], problem, subject, NO_REGIME, metric, unit, value=value
+                        )
+                    if report["sections"] == "full" and not call.instructions:
+                        self.notes.append(f"{where}: no counters for single instructions in it")
+                    if not any(call.counters.get(c) for c in metrics.TENSOR_OPS):
+                        self.notes.append(
+                            f"{where}: tensor operation counters read 0, so masked_work has no row"
+                        )
+
+    # -- provenance
+
+    def provenance(self) -> dict[str, Any]:
+        device = self.run.device
+        records = [data for _, data in self.run.records()]
+        subjects: dict[str, Any] = {}
+        for data in records:
+            subjects.update(data["subjects"])
+
+        def all_of(key: str) -> list[Any]:
+            return sorted({data["provenance"][key] for data in records}, key=str)
+
+        return {
+            "tier": self.tier,
+            "run": device["run"],
+            "device": self.device,
+            "content": device["content"],
+            "commit": device["provenance"]["commit"],
+            "commits": all_of("commit"),
+            "dirty": any(data["provenance"]["dirty"] for data in records),
+            "image_digest": device["provenance"]["image_digest"],
+            "engine": device["provenance"]["engine"],
+            "constraints_sha256": all_of("constraints_sha256"),
+            "seed": all_of("seed"),
+            "input_distribution": all_of("input_distribution"),
+            "started": min(data["provenance"]["started"] for data in records),
+            "packages": device["provenance"]["packages"],
+            "gpu_uuid": device["provenance"]["gpu_uuid"],
+            "states": {
+                path.relative_to(self.run.raw).as_posix(): {
+                    when: data["provenance"][when] for when in ("before", "after")
+                }
+                for path, data in self.run.records()
+            },
+            "properties": device["properties"],
+            "ceilings": device["ceilings"],
+            "subjects": dict(sorted(subjects.items())),
+            "suites": sorted(
+                {(data["schema"].split("/")[1], data["suite"] or "") for data in records}
+            ),
+            "stale": self.stale,
+            "excluded": self.excluded,
+            "inconclusive": self.inconclusive,
+            "chosen": self.chosen,
+            "notes": sorted(set(self.notes)),
+        }
+
+    def tables_of_run(self) -> Tables:
+        self.checks()
+        self.timings()
+        self.per_sequence_gpu()
+        self.hosts()
+        self.profiles()
+        self.tables.provenance = self.provenance()
+        return self.tables
+
+
+def tidy(raw: Path, tier: str, problems: Path, open_report: Open = ncu_rep.open_report) -> Tables:
+    """All tables of the run in `raw`, against the table of problems as it is.
+
+    `tier` is `replay` or `measure`, stamped on everything derived.
+    """
+    return Tidier(Run(raw), tier, read_problems(problems), open_report).tables_of_run()
+
+
+def write(tables: Tables, out_metrics: Path, out_speedups: Path, out_provenance: Path) -> None:
+    """Write the three files, byte-identical for the same tables."""
+    record.write_text(out_metrics, csv_text(METRICS_COLUMNS, tables.metrics))
+    record.write_text(out_speedups, csv_text(SPEEDUPS_COLUMNS, tables.speedups))
+    record.write_text(
+        out_provenance, json.dumps(tables.provenance, indent=1, sort_keys=True) + "\n"
+    )
