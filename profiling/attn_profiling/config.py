@@ -1,4 +1,7 @@
-"""The configuration: checked before anything else runs, with errors that name the key, its value and the remedy."""
+"""The configuration, checked before anything else runs.
+
+Errors name the key, its value, what was expected and what to do.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_ladder.problem import Problem, read_problems, select
-from attn_ladder.stage import subjects as known_subjects
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
+
+from attn_ladder.problem import Problem, read_problems, select
+from attn_ladder.stage import subjects as known_subjects
 
 Config = Mapping[str, Any]
 
@@ -58,7 +62,12 @@ def _key(error: ValidationError, *more: str) -> str:
 
 
 def _kind(wanted: object) -> str:
-    names = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false"}
+    names = {
+        "integer": "an integer",
+        "number": "a number",
+        "string": "text",
+        "boolean": "true or false",
+    }
     names |= {"array": "a list", "object": "a group of keys", "null": "null"}
     wanted = wanted if isinstance(wanted, list) else [wanted]
     return " or ".join(names[str(name)] for name in wanted)
@@ -72,14 +81,18 @@ def _explain(error: ValidationError) -> list[str]:
         case "additionalProperties":
             known = list(error.schema["properties"])
             unknown = [name for name in value if name not in known]
-            where = f"keys of {key}" if key else "keys"
+            there = f"keys of {key}: " if key else "keys: "
+            there += ", ".join(known)
             return [
-                f"{_key(error, str(name))!r} is not a key{_closest(str(name), known)} {where}: {', '.join(known)}"
+                f"{_key(error, str(name))!r} is not a key{_closest(str(name), known)} ({there})"
                 for name in unknown
             ]
         case "required":
             absent = [name for name in wanted if name not in value]
-            return [f"{_key(error, name)!r} is missing; config/config.yaml has its default" for name in absent]
+            return [
+                f"{_key(error, name)!r} is missing; config/config.yaml has its default"
+                for name in absent
+            ]
         case "type":
             return [f"{shown} must be {_kind(wanted)}"]
         case "enum":
@@ -103,14 +116,16 @@ def _explain(error: ValidationError) -> list[str]:
 
 def _check_shape(config: Config, schema: Path) -> None:
     validator = Draft202012Validator(json.loads(schema.read_text()))
-    errors = sorted(validator.iter_errors(dict(config)), key=lambda error: [str(p) for p in error.absolute_path])
+    errors = sorted(
+        validator.iter_errors(dict(config)), key=lambda error: [str(p) for p in error.absolute_path]
+    )
     lines = list(dict.fromkeys(line for error in errors for line in _explain(error)))
     if lines:
         raise ConfigError("\n".join(f"config: {line}" for line in lines))
 
 
 def validate(config: Config, root: Path) -> Selection:
-    """Check a merged configuration against the schema, the problem table and the subjects there are.
+    """Check a merged configuration against its schema, the problem table and the subjects.
 
     `root` is the folder that paths in the configuration start from. Raises `ConfigError`.
     """
@@ -131,15 +146,18 @@ def validate(config: Config, root: Path) -> Selection:
             try:
                 chosen[name] = tuple(select(problems, name))
             except ValueError as error:
-                raise ConfigError(f"config: suites.{step}: {error}{_closest(name, suites_there)}") from None
+                raise ConfigError(
+                    f"config: suites.{step}: {error}{_closest(name, suites_there)}"
+                ) from None
     checked = {problem.id for suite in config["suites"]["check"] for problem in chosen[suite]}
     for step, names in suites(config).items():
         for name in names:
             unchecked = [problem.id for problem in chosen[name] if problem.id not in checked]
             if unchecked:
                 raise ConfigError(
-                    f"config: suites.{step}: {name!r} holds {', '.join(unchecked)}, which no suite of suites.check "
-                    "covers; only what passed its check is measured, so add a suite that holds it"
+                    f"config: suites.{step}: {name!r} holds {', '.join(unchecked)}, which no suite"
+                    " of suites.check covers; only what passed its check is measured, so add a"
+                    " suite that holds it"
                 )
 
     names = list(known_subjects())
@@ -147,7 +165,8 @@ def validate(config: Config, root: Path) -> Selection:
         for name in config["subjects"]:
             if name not in names:
                 raise ConfigError(
-                    f"config: subjects: {name!r} is unknown{_closest(name, names)}; known subjects: {', '.join(names)}"
+                    f"config: subjects: {name!r} is unknown{_closest(name, names)}; known"
+                    f" subjects: {', '.join(names)}"
                 )
         names = [name for name in names if name in config["subjects"]]
     return Selection(tuple(names), chosen)

@@ -1,8 +1,8 @@
 """Build docker/Dockerfile and run the workflow's tools inside the image.
 
-The image holds the environment, never the code: the checkout is mounted at its own path, so what ran is the commit in
-the records. `build` writes the image's digest to a file; `run` reads it there and hands it to the tool as
-ATTN_LADDER_ENGINE and ATTN_LADDER_IMAGE, which the records keep.
+The image holds the environment, never the code: the checkout is mounted at its own path, so what
+ran is the commit in the records. `build` writes the image's digest to a file; `run` reads it there
+and hands it to the tool as ATTN_LADDER_ENGINE and ATTN_LADDER_IMAGE_DIGEST, which the records keep.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attn_profiling import record
 ENGINES = ("docker", "podman", "buildah")
 TARGETS = ("replay", "measure")
 PASSED_ON = (
-    "ATTN_LADDER_COMMIT", "ATTN_LADDER_DIRTY", "ATTN_LADDER_RUN", "CUDA_VISIBLE_DEVICES", "FORCE_SOURCE_DATE",
+    "CUDA_VISIBLE_DEVICES", "FORCE_SOURCE_DATE",
     "SOURCE_DATE_EPOCH",
 )  # fmt: skip
 
@@ -53,11 +53,15 @@ def choose(engine: str, *, gpu: bool) -> str:
     if engine == "none":
         return "none"
     if engine == "buildah" and gpu:
-        raise ContainerError("container.engine='buildah' cannot give a container the GPU; use docker or podman")
+        raise ContainerError(
+            "container.engine='buildah' cannot give a container the GPU; use docker or podman"
+        )
     if engine != "auto":
         reason = works(engine)
         if reason:
-            raise ContainerError(f"container.engine={engine!r} does not work: {reason}; start it, or use none")
+            raise ContainerError(
+                f"container.engine={engine!r} does not work: {reason}; start it, or use none"
+            )
         return engine
     for candidate in ENGINES:
         if not (gpu and candidate == "buildah") and works(candidate) is None:
@@ -66,7 +70,7 @@ def choose(engine: str, *, gpu: bool) -> str:
 
 
 def counters_restricted() -> bool:
-    """Whether the driver keeps hardware counters to administrators, as it does unless told otherwise."""
+    """Whether the driver keeps hardware counters to administrators, as it does by default."""
     try:
         parameters = Path("/proc/driver/nvidia/params").read_text()
     except OSError:
@@ -108,7 +112,7 @@ def run_command(
     where = f"{folder}:{folder}"
     variables = {
         "ATTN_LADDER_ENGINE": engine,
-        "ATTN_LADDER_IMAGE": image,
+        "ATTN_LADDER_IMAGE_DIGEST": image,
         "HOME": "/tmp",
         "PYTHONPATH": f"{folder}/kernels:{folder}/profiling",
     } | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
@@ -116,7 +120,17 @@ def run_command(
     if working:
         command = ["buildah", "run", "--volume", where, "--workingdir", str(folder), *settings]
         return [*command, working, "--", *tool]
-    command = [engine, "run", "--rm", "--init", "--volume", where, "--workdir", str(folder), *settings]
+    command = [
+        engine,
+        "run",
+        "--rm",
+        "--init",
+        "--volume",
+        where,
+        "--workdir",
+        str(folder),
+        *settings,
+    ]
     if gpu:
         command += ["--gpus", "all"] if engine == "docker" else ["--device", "nvidia.com/gpu=all"]
     if gpu and counters and counters_restricted():
@@ -127,14 +141,13 @@ def run_command(
     return [*command, image, *tool]
 
 
-def prefix(
-    engine: str, digest_file: Path, *, gpu: bool = False, counters: bool = False
-) -> str:
+def prefix(engine: str, digest_file: Path, *, gpu: bool = False, counters: bool = False) -> str:
     """What a rule puts before a console script, "" where tools run natively."""
     if engine == "none":
         return ""
     flags = " --gpu" * gpu + " --counters" * counters
-    return f"{sys.executable} -m attn_profiling.container run --engine {engine} --digest {digest_file}{flags} -- "
+    runner = f"{sys.executable} -m attn_profiling.container run"
+    return f"{runner} --engine {engine} --digest {digest_file}{flags} -- "
 
 
 def build(engine: str, target: str, out: Path, *, base: str | None, ca: str | None) -> str:
@@ -142,15 +155,21 @@ def build(engine: str, target: str, out: Path, *, base: str | None, ca: str | No
     engine = choose(engine, gpu=False)
     if engine == "none":
         reasons = "; ".join(f"{works(candidate)}" for candidate in ENGINES)
-        raise ContainerError(f"no container engine works here: {reasons}. Install docker, podman or buildah")
+        raise ContainerError(
+            f"no container engine works here: {reasons}. Install docker, podman or buildah"
+        )
     if ca and not Path(ca).is_file():
-        raise ContainerError(f"container.ca={ca!r} is not a file; name one with CA certificates, or null")
+        raise ContainerError(
+            f"container.ca={ca!r} is not a file; name one with CA certificates, or null"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         digest_file = Path(scratch) / "digest"
         command = build_command(engine, target, digest_file, base=base, ca=ca)
         print("+", " ".join(command), flush=True)
         if subprocess.run(command, env={**os.environ, "DOCKER_BUILDKIT": "1"}).returncode:
-            raise ContainerError(f"{engine} could not build the target {target!r}; its messages are above")
+            raise ContainerError(
+                f"{engine} could not build the target {target!r}; its messages are above"
+            )
         digest = digest_file.read_text().strip()
     if not re.fullmatch(r"(sha256:)?[0-9a-f]{64}", digest):
         raise ContainerError(f"{engine} built the target {target!r} but gave no digest: {digest!r}")
@@ -164,16 +183,20 @@ def run(engine: str, digest_file: Path, tool: Sequence[str], *, gpu: bool, count
     try:
         image = digest_file.read_text().strip()
     except OSError:
-        raise ContainerError(f"{digest_file}: no image was built; run: snakemake --cores 1 container") from None
+        raise ContainerError(f"{digest_file}: no image was built; run: make container") from None
     folder = Path.cwd()
     if engine != "buildah":
         command = run_command(engine, image, tool, folder=folder, gpu=gpu, counters=counters)
         return subprocess.run(command).returncode
     made = subprocess.run(
-        ["buildah", "from", "--pull-never", image.removeprefix("sha256:")], stdout=subprocess.PIPE, text=True
+        ["buildah", "from", "--pull-never", image.removeprefix("sha256:")],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if made.returncode:
-        raise ContainerError(f"buildah knows no image {image}; run: snakemake --cores 1 --forcerun image container")
+        raise ContainerError(
+            f"buildah knows no image {image}; delete {digest_file} and run: make container"
+        )
     working = made.stdout.strip()
     try:
         command = run_command(engine, image, tool, folder=folder, working=working)
@@ -201,9 +224,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "build":
-            print(build(options.engine, options.target, options.out, base=options.base, ca=options.ca))
+            print(
+                build(options.engine, options.target, options.out, base=options.base, ca=options.ca)
+            )
             return 0
-        return run(options.engine, options.digest, options.tool, gpu=options.gpu, counters=options.counters)
+        return run(
+            options.engine, options.digest, options.tool, gpu=options.gpu, counters=options.counters
+        )
     except ContainerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

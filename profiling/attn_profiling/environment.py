@@ -1,7 +1,7 @@
-"""Set up what the workflow runs with: a virtual environment from the locks, TeX from Debian's packages.
+"""Set up what the workflow runs with: a virtual environment from the locks, TeX from the system.
 
-`python -m attn_profiling.environment --lock base --tex need` needs nothing but the standard library. It says what is
-missing, and how to get it, before it changes anything.
+`python -m attn_profiling.environment --lock base --tex need` needs nothing but the standard
+library. It says what is missing, and how to get it, before it changes anything.
 """
 
 from __future__ import annotations
@@ -58,14 +58,17 @@ def missing_tex() -> list[str]:
 def tex_message(missing: Sequence[str]) -> str:
     """What to do about `missing`."""
     return (
-        f"the PDF needs TeX, and this machine lacks {', '.join(missing)}. On Debian or Ubuntu: "
-        f"apt-get install --no-install-recommends {' '.join(debian_packages())} (as root `make` does it by "
-        "itself); elsewhere install TeX Live. Everything but the PDF works without: make results"
+        f"the PDF needs TeX, and this machine lacks {', '.join(missing)}. On Debian or Ubuntu:"
+        f" apt-get install --no-install-recommends {' '.join(debian_packages())} (as root `make`"
+        " does it by itself); elsewhere install TeX Live. Everything but the PDF works without:"
+        " make results"
     )
 
 
 def _may_install() -> bool:
-    return os.geteuid() == 0 and Path("/etc/debian_version").exists() and bool(shutil.which("apt-get"))
+    return (
+        os.geteuid() == 0 and Path("/etc/debian_version").exists() and bool(shutil.which("apt-get"))
+    )
 
 
 def _apt(packages: Sequence[str]) -> None:
@@ -78,7 +81,7 @@ def _apt(packages: Sequence[str]) -> None:
 
 
 def ensure_tex(need: str) -> None:
-    """Install TeX where that is allowed; where it is not, raise `Missing` if `need` is "need", else say so."""
+    """Install TeX where allowed; elsewhere raise `Missing`, or say so if `need` is "try"."""
     missing = missing_tex()
     if missing and _may_install():
         _apt(debian_packages())
@@ -90,10 +93,12 @@ def ensure_tex(need: str) -> None:
 
 
 def check_python() -> None:
-    """Raise `Missing` where this Python is too old or too new, or cannot make virtual environments."""
+    """Raise `Missing` where this is the wrong Python or cannot make virtual environments."""
     if sys.version_info[:2] not in PYTHONS:
         found = ".".join(map(str, sys.version_info[:3]))
-        raise Missing(f"this is Python {found}; Python 3.11 or 3.12 is needed (make PYTHON=/path/to/python3.11)")
+        raise Missing(
+            f"this is Python {found}; 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.11"
+        )
     try:
         ensurepip.version()
     except Exception:  # Debian's python3 without python3-venv ships a stub that raises
@@ -119,18 +124,26 @@ def stamp(folder: Path, lock: str) -> Path:
 
 
 def _pip(folder: Path, *arguments: str) -> None:
-    command = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    command = [
+        str(folder / "bin" / "python"),
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "-q",
+    ]
     run = subprocess.run([*command, *arguments], stderr=subprocess.PIPE, text=True)
-    sys.stderr.write(run.stderr)
     if run.returncode == 0:
         return
+    sys.stderr.write(run.stderr)
     absent = re.search(r"No matching distribution found for (torch==\S+\+cpu)", run.stderr)
     if absent:
         raise Missing(
-            f"pip finds no {absent[1]} for this Python and machine: PyPI carries only torch's CUDA builds. The CPU "
-            "wheels (Linux x86-64, Python 3.11 and 3.12) are on PyTorch's own index; pytorch.org shows its address "
-            "under 'Get started', pip, CPU. Name it in PIP_EXTRA_INDEX_URL, or a folder that holds the wheel in "
-            "PIP_FIND_LINKS, and run the command again. Or take the CUDA build, several GB: make test LOCK=cuda"
+            f"pip finds no {absent[1]} for this Python and machine: PyPI carries only torch's CUDA"
+            " builds. The CPU wheels (Linux x86-64, Python 3.11 and 3.12) are on PyTorch's own"
+            " index; pytorch.org shows its address under 'Get started', pip, CPU. Name it in"
+            " PIP_EXTRA_INDEX_URL, or a folder that holds the wheel in PIP_FIND_LINKS, and run the"
+            " command again. Or take the CUDA build, several GB: make test LOCK=cuda"
         )
     raise Missing(f"pip could not install {' '.join(arguments)}; its messages are above")
 
@@ -140,7 +153,10 @@ def install(folder: Path, lock: str) -> bool:
     if stamp(folder, lock).exists():
         return False
     version = folder / "pyvenv.cfg"
-    if version.exists() and f"version = {sys.version_info[0]}.{sys.version_info[1]}." not in version.read_text():
+    if (
+        version.exists()
+        and f"version = {sys.version_info[0]}.{sys.version_info[1]}." not in version.read_text()
+    ):
         shutil.rmtree(folder)
     if not (folder / "bin" / "python").exists():
         venv.create(folder, with_pip=True, symlinks=True)
@@ -160,7 +176,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="attn_profiling.environment", description=__doc__)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--lock", choices=["auto", *LOCKS], default="auto")
-    parser.add_argument("--without-gpu", choices=["base", "cpu"], default="base", help="what auto means without a GPU")
+    parser.add_argument(
+        "--without-gpu",
+        choices=["base", "cpu"],
+        default="base",
+        help="what auto means without a GPU",
+    )
     parser.add_argument("--tex", choices=["need", "try", "no"], default="no")
     options = parser.parse_args(arguments)
     lock = options.lock

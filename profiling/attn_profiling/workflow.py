@@ -1,12 +1,13 @@
-"""What the Snakefile asks before it lists a rule: is the configuration valid, which tier, which files, which prefix."""
+"""What the Snakefile asks before it lists a rule.
+
+Is the configuration valid, which tier is it, which files are there, what precedes a tool.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Collection
@@ -15,26 +16,8 @@ from functools import cached_property
 from pathlib import Path
 
 from attn_ladder.problem import Problem
-
-from attn_profiling import container, environment, record
+from attn_profiling import container, device, environment, record
 from attn_profiling.config import Config, ConfigError, raw_files, validate
-
-
-def commit(root: Path) -> tuple[str, bool]:
-    """The commit that is checked out in `root` and whether tracked files differ from it.
-
-    Where there is no repository the file COMMIT (`<id>` or `<id> dirty`) says it; else the id is "unknown".
-    """
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        if head.returncode == 0 and re.fullmatch(r"[0-9a-f]{40}", head.stdout.strip()):
-            changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-            return head.stdout.strip(), bool(changed.stdout.strip())
-    except FileNotFoundError:
-        pass
-    words = (root / "COMMIT").read_text().split() if (root / "COMMIT").is_file() else []
-    return (words[0], "dirty" in words[1:]) if words else ("unknown", False)
 
 
 def pick_tier(config: Config) -> str:
@@ -51,7 +34,7 @@ def pick_tier(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """One invocation of the workflow. `raw` is the folder of raw files, relative to the checkout."""
+    """One invocation of the workflow. `raw` is the folder of raw files, from the checkout."""
 
     config: Config
     tier: str
@@ -75,7 +58,7 @@ class Plan:
 
     @property
     def image(self) -> list[str]:
-        """What every rule that runs a tool takes as an input: the image's digest, or nothing when native."""
+        """An input of every rule that runs a tool: the image's digest, nothing when native."""
         return [] if self.engine == "none" else [str(self.digest_file)]
 
     def cmd(self, tool: str, *, gpu: bool = False, counters: bool = False) -> str:
@@ -121,7 +104,8 @@ def _run_id(config: Config) -> str:
 
 def _write_config(plan: Plan) -> None:
     path = plan.raw / "config.json"
-    text = json.dumps(dict(plan.config), indent=1, sort_keys=True) + "\n"
+    resolved = {**plan.config, "container": {**plan.config["container"], "engine": plan.engine}}
+    text = json.dumps(resolved, indent=1, sort_keys=True) + "\n"
     if not path.is_file() or path.read_text() != text:
         record.write_text(path, text)
 
@@ -130,20 +114,22 @@ def _check_recorded(plan: Plan) -> None:
     if not plan.raw.is_dir():
         there = sorted(path.parent.name for path in Path("measurements").glob("*/device.json"))
         raise ConfigError(
-            f"there is no recorded run in {plan.raw}/: recorded are {', '.join(there) or 'none'}. Name one of them "
-            "(--config device=NAME), or make one on a machine with the GPU: make measure, then make promote RUN=<id>"
+            f"there is no recorded run in {plan.raw}/; recorded: {', '.join(there) or 'none'}. Name"
+            " one that is (--config device=NAME), or make one on a machine with the GPU: make"
+            " measure, then make promote RUN=<id>"
         )
-    absent = [name for name in plan.raw_files if not Path(name).is_file()]
+    absent = [name for name in raw_files(plan.config) if not (plan.raw / name).is_file()]
     if absent:
         raise ConfigError(
-            f"the recorded run in {plan.raw}/ lacks {len(absent)} of {len(plan.raw_files)} files: "
-            f"{', '.join(str(Path(name).relative_to(plan.raw)) for name in absent)}. A replay measures nothing: leave "
-            "those suites out of the configuration, or measure on a machine with the GPU (make measure) and make the "
-            "result the recorded run (make promote RUN=<id>)"
+            f"the recorded run in {plan.raw}/ lacks {', '.join(absent)}. A replay measures nothing:"
+            " leave those suites out of the configuration, or measure on a machine with the GPU"
+            " (make measure) and make that the recorded run (make promote RUN=<id>)"
         )
 
 
-def prepare(config: Config, root: Path, targets: Collection[str], *, main: bool = True, dry: bool = False) -> Plan:
+def prepare(
+    config: Config, root: Path, targets: Collection[str], *, main: bool = True, dry: bool = False
+) -> Plan:
     """Validate, decide and announce; in the main process also check what the run will need.
 
     `targets` are those of the command line. Raises `ValueError` before any work is done.
@@ -152,7 +138,7 @@ def prepare(config: Config, root: Path, targets: Collection[str], *, main: bool 
     tier = pick_tier(config)
     run = _run_id(config) if tier == "measure" else str(config["device"])
     engine = container.choose(config["container"]["engine"], gpu=tier == "measure")
-    head, dirty = commit(root)
+    head, dirty = device.commit(root)
     plan = Plan(
         config=config,
         tier=tier,
@@ -165,8 +151,6 @@ def prepare(config: Config, root: Path, targets: Collection[str], *, main: bool 
         dirty=dirty,
     )
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    os.environ |= {"ATTN_LADDER_COMMIT": head, "ATTN_LADDER_DIRTY": str(int(dirty))}
-    os.environ["ATTN_LADDER_FA3_MODULE"] = str(config["fa3_module"])
     if not main:
         return plan
     print(plan.banner(), file=sys.stderr, flush=True)
