@@ -1,7 +1,8 @@
 """A complete run with invented numbers of known truth, for the tests. Never a measurement.
 
-`make(folder)` writes every raw file of a run through `record.write`, so each passes its schema. In place of Nsight
-Compute reports it writes JSON, which `open_report` reads as `ncu_rep.open_report` would read the real thing.
+`make(folder)` writes every raw file of a run through `record.write`, so each passes its schema. In
+place of Nsight Compute reports it writes JSON, which `open_report` reads as `ncu_rep.open_report`
+would read the real thing.
 """
 
 from __future__ import annotations
@@ -26,15 +27,32 @@ COMMIT = "5" * 40
 AA = "fa3#2"
 
 SPEED = {  # time of FA3 over time of the subject: the truth that the tables must find
-    "fa3": 1.0, "cudnn": 0.92, "fa2": 0.6, "fa4": 1.02, "reference": 0.05,
-    "stage1": 0.45, "stage2": 0.62, "stage3": 0.80, "stage4": 0.99, "stage5": 1.16,
-}  # fmt: skip
+    "fa3": 1.0,
+    "cudnn": 0.92,
+    "fa2": 0.6,
+    "fa4": 1.02,
+    "reference": 0.05,
+    "stage1": 0.45,
+    "stage2": 0.62,
+    "stage3": 0.80,
+    "stage4": 0.99,
+    "stage5": 1.16,
+}
 HOST_US = {"fa3": 95.0, "cudnn": 60.0, "fa2": 50.0, "fa4": 80.0, "reference": 150.0}
 INACTIVE = {"fa3": 1.75}
 MEASURING = {
-    "processes": 3, "rounds": 30, "gap_us": 400, "sustained_ms": 250, "sustained_bursts": 2, "warmup_rounds": 3,
-    "max_attempts": 3, "aa_tolerance": 0.01, "seed": 0, "flush_l2_factor": 2, "host_calls": 300,
-}  # fmt: skip
+    "processes": 3,
+    "rounds": 30,
+    "gap_us": 400,
+    "sustained_ms": 250,
+    "sustained_bursts": 2,
+    "warmup_rounds": 3,
+    "max_attempts": 3,
+    "aa_tolerance": 0.01,
+    "seed": 0,
+    "flush_l2_factor": 2,
+    "host_calls": 300,
+}
 
 
 def speed(subject: str) -> float:
@@ -65,7 +83,8 @@ def names(problem: Problem) -> list[str]:
 
 
 class Maker:
-    """Writes the raw files. `noise` is the spread between rounds, `between` that between processes."""
+    """Writes the raw files. `noise` is the spread between rounds, `between` that between
+    processes."""
 
     def __init__(
         self,
@@ -81,32 +100,52 @@ class Maker:
 
     def header(self, kind: str, suite: str | None) -> dict[str, Any]:
         state = {
-            "sm_clock_mhz": 1755.0, "memory_clock_mhz": 2619.0, "power_w": 310.0, "power_limit_w": 700.0,
-            "temperature_c": 41.0, "throttle_reasons": [],
-        }  # fmt: skip
+            "sm_clock_mhz": 1755.0,
+            "memory_clock_mhz": 2619.0,
+            "power_w": 310.0,
+            "power_limit_w": 700.0,
+            "temperature_c": 41.0,
+            "throttle_reasons": [],
+        }
         return record.header(
             kind,
             run="synthetic",
             suite=suite,
             content={
-                "gpu": "NVIDIA H100 80GB HBM3", "capability": [9, 0], "driver": "580.0", "cuda": "13.0",
-                "torch": "2.11.0", "triton": "3.6.0", "ncu": "2025.3.1.0", "measuring": MEASURING,
+                "gpu": "NVIDIA H100 80GB HBM3",
+                "capability": [9, 0],
+                "driver": "580.0",
+                "cuda": "13.0",
+                "torch": "2.11.0",
+                "triton": "3.6.0",
+                "ncu": "2025.3.1.0",
+                "measuring": MEASURING,
             },
             provenance={
-                "gpu_uuid": "GPU-synthetic", "before": state, "after": state, "packages": {"fa3-fwd": "0.0.3"},
-                "image_digest": None, "engine": "none", "commit": COMMIT, "dirty": False, "seed": 0,
-                "input_distribution": "standard normal", "started": "2026-01-01T00:00:00Z", "seconds": 1.0,
+                "gpu_uuid": "GPU-synthetic",
+                "before": state,
+                "after": state,
+                "packages": {"fa3-fwd": "0.0.3"},
+                "image_digest": None,
+                "engine": "none",
+                "commit": COMMIT,
+                "dirty": False,
+                "seed": 0,
+                "input_distribution": "standard normal",
+                "started": "2026-01-01T00:00:00Z",
+                "seconds": 1.0,
                 "constraints_sha256": record.constraints_sha256(CONSTRAINTS),
             },
             subjects={
                 name: {
-                    "kernel_hash": stage.kernel_hash(name), "wheel_sha256": "ab" * 32 if name == "fa3" else None,
+                    "kernel_hash": stage.kernel_hash(name),
+                    "wheel_sha256": "ab" * 32 if name == "fa3" else None,
                     "version": "0.0.3" if name == "fa3" else None,
                     "compiler": "nvcc release 12.8, V12.8.93" if name == "fa3" else None,
                 }
                 for name in stage.subjects()
             },
-        )  # fmt: skip
+        )
 
     def write(self, name: str, kind: str, data: Mapping[str, Any]) -> Path:
         path = self.folder / name
@@ -128,14 +167,17 @@ class Maker:
                 **self.header("device", None),
                 "device": "h100-sxm-80gb",
                 "properties": {
-                    "sms": 132, "l2_bytes": 50 * 2**20, "memory_bytes": 80 * 2**30, "max_sm_clock_mhz": 1980.0,
+                    "sms": 132,
+                    "l2_bytes": 50 * 2**20,
+                    "memory_bytes": 80 * 2**30,
+                    "max_sm_clock_mhz": 1980.0,
                 },
                 "ceilings": {
                     "copy_bytes_per_s": {"value": 3.03e12, **ceiling},
                     "bf16_matmul_flops_per_s": {"value": 750e12, **ceiling},
                 },
             },
-        )  # fmt: skip
+        )
 
     def check(self, suite: str) -> None:
         results = []
@@ -144,13 +186,19 @@ class Maker:
                 runs = name in names(problem)
                 results.append(
                     {
-                        "problem": record.problem_fields(problem), "subject": name, "ok": runs,
+                        "problem": record.problem_fields(problem),
+                        "subject": name,
+                        "ok": runs,
                         "status": "ok" if runs else "unsupported",
-                        "message": None if runs else f"no {problem.dtype} kernels", "heads": None, "seconds": 0.1,
-                        "max_error": 0.002 if runs else None, "reference_error": 0.0021 if runs else None,
-                        "bound": 0.0043 if runs else None, "lse_error": None,
+                        "message": None if runs else f"no {problem.dtype} kernels",
+                        "heads": None,
+                        "seconds": 0.1,
+                        "max_error": 0.002 if runs else None,
+                        "reference_error": 0.0021 if runs else None,
+                        "bound": 0.0043 if runs else None,
+                        "lse_error": None,
                     }
-                )  # fmt: skip
+                )
         self.write(
             f"check/{suite}.json", "check", {**self.header("check", suite), "results": results}
         )
@@ -182,9 +230,13 @@ class Maker:
                 taken[name]["energy_mj"] = [[round(0.65 * v, 4) for v in p[:2]] for p in gpu]
                 taken[name]["calls"] = [[40.0, 40.0] for _ in gpu]
         return {
-            "attempt": 1, "aa_subject": twin, "aa_ratio": aa, "ok": abs(aa - 1) <= 0.01, "message": None,
+            "attempt": 1,
+            "aa_subject": twin,
+            "aa_ratio": aa,
+            "ok": abs(aa - 1) <= 0.01,
+            "message": None,
             "samples": taken,
-        }  # fmt: skip
+        }
 
     def timing(self, suite: str, regime: str, noisy: Sequence[str] = ()) -> None:
         """`noisy` problems have an A/A pair that is off by 4 % in every attempt."""
@@ -243,11 +295,15 @@ class Maker:
             path.write_bytes(pack(kernels))
             reports.append(
                 {
-                    "problem": record.problem_fields(problem), "file": file, "sections": "full", "chosen": {},
-                    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "left_out": {},
+                    "problem": record.problem_fields(problem),
+                    "file": file,
+                    "sections": "full",
+                    "chosen": {},
+                    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                    "left_out": {},
                     "subjects": {name: len(kernels_of(problem, name)) for name in names(problem)},
                 }
-            )  # fmt: skip
+            )
         self.write(f"ncu/{suite}.json", "ncu", {**self.header("ncu", suite), "reports": reports})
 
     def all(self, noisy: Sequence[str] = ("grid-d64-causal-s16384",)) -> Path:
@@ -263,7 +319,8 @@ class Maker:
 
 
 def counters_of(problem: Problem, subject: str, memset: bool = False) -> dict[str, float]:
-    """Counters of one kernel, consistent with each other. A memset has no branches, products or loads."""
+    """Counters of one kernel, consistent with each other. A memset has no branches, products or
+    loads."""
     us = 2.3 if memset else true_us(problem, subject)
     clock_ghz, sms = 1.7, 132
     cycles = us * 1e3 * clock_ghz
@@ -314,18 +371,25 @@ def counters_of(problem: Problem, subject: str, memset: bool = False) -> dict[st
     return values
 
 
+def instruction(sass: str, executed: float, **samples: float) -> Instruction:
+    """A machine instruction that whole warps execute."""
+    return Instruction(sass, executed, metrics.WARP_THREADS * executed, samples)
+
+
 def kernels_of(problem: Problem, subject: str) -> list[Kernel]:
     """The kernels of one profiled call: FA3 causal launches a memset before the attention."""
     inside = (f"{problem.id}.{subject}",)
     tiles = problem.visible_pairs * problem.batch * problem.nheads / metrics.TILE_PAIRS
     cta = 24.0 if subject == "stage1" else 0.01
     instructions = (
-        Instruction("@!P0 BAR.SYNC.DEFER_BLOCKING 0x0", cta * tiles, {"barrier": 30.0 * cta}),
-        Instruction("BAR.SYNC.DEFER_BLOCKING R5, 0x100", 16 * tiles, {"barrier": 300.0}),
-        Instruction(
-            "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR4], R6", 24 * tiles, {"long_scoreboard": 500.0}
-        ),
-        Instruction("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24", 64 * tiles, {"gmma": 2000.0}),
+        instruction("BAR.SYNC.DEFER_BLOCKING 0x0", cta * tiles),
+        instruction("UMOV UR35, 0x40000040", tiles, barrier=30.0 * cta),
+        instruction("BAR.SYNC.DEFER_BLOCKING R5, 0x100", 16 * tiles),
+        instruction("UMOV UR35, 0x40000040", tiles, barrier=300.0),
+        instruction("SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR4], R6", 24 * tiles),
+        instruction("@!P1 BRA 0x7f056f7ba560", 24 * tiles, long_scoreboard=500.0),
+        instruction("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24", 64 * tiles),
+        instruction("WARPGROUP.DEPBAR.LE gsb0, 0x0", 64 * tiles, barrier=200.0, wait=2000.0),
     )
     main = Kernel(f"{subject}_kernel", inside, counters_of(problem, subject), instructions)
     if subject != "fa3" or not problem.causal:
@@ -341,7 +405,7 @@ def pack(kernels: Sequence[Kernel]) -> bytes:
                 k.name,
                 list(k.ranges),
                 dict(k.counters),
-                [[i.sass, i.executed, dict(i.samples)] for i in k.instructions],
+                [[i.sass, i.executed, i.threads, dict(i.samples)] for i in k.instructions],
             ]
             for k in kernels
         ]

@@ -1,13 +1,14 @@
-"""The table of metrics: what each one means, which Nsight Compute counters it needs, and how it is derived.
+"""The table of metrics: what each one means, which Nsight Compute counters it needs, and how it is
+derived.
 
-A call may launch several kernels. Their counters are combined first (`combine`), then every metric is derived from
-the combined counters, so a ratio over a call is a ratio of sums and not a mean of ratios.
+A call may launch several kernels. Their counters are combined first (`combine`), then every metric
+is derived from the combined counters, so a ratio over a call is a ratio of sums and not a mean of
+ratios.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from attn_ladder.problem import Problem
 
 WARP_THREADS = 32
 TILE_PAIRS = 128 * 128
-"""Barriers and waits are counted per 128 x 128 visible score tile, a unit that no kernel's own tile size changes."""
+"""The unit in which barriers are counted: a 128 x 128 visible score tile, whatever a kernel's own."""
 
 TIME = "gpu__time_duration.sum"
 ISSUE_ACTIVE = "smsp__issue_active.sum"
@@ -41,7 +42,7 @@ STALLS = {
     "tex_throttle": "texture queue full",
     "wait": "fixed-latency dependency",
 }
-"""Every reason in which an H100's warp scheduler can find a warp, `selected` included: together they are all its time."""
+"""Every state in which an H100's scheduler can find a warp, `selected` included: all its time."""
 
 MEMORY_STALLS = ("long_scoreboard", "lg_throttle", "tex_throttle", "drain")
 
@@ -50,7 +51,7 @@ def stall_counter(reason: str) -> str:
     return f"smsp__average_warps_issue_stalled_{reason}_per_issue_active.ratio"
 
 
-STALL_TOTAL = "smsp__average_warps_active_per_issue_active.ratio"
+STALL_TOTAL = "smsp__average_warp_latency_per_inst_issued.ratio"
 
 TENSOR_OPS = (
     "sm__ops_path_tensor_op_hgmma_src_bf16_dst_fp32.sum",
@@ -66,16 +67,22 @@ class MissingCounter(ValueError):
 
 @dataclass(frozen=True)
 class Instruction:
-    """One machine instruction of a kernel: how many warps executed it, and where warps were found waiting at it."""
+    """One machine instruction of a kernel, in program order.
+
+    `executed` warps ran it, `threads` threads with a true predicate; `samples` counts warps found
+    at it by stall reason.
+    """
 
     sass: str
     executed: float
+    threads: float
     samples: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One profiled kernel launch. `instructions` is empty where the report holds no source counters."""
+    """One profiled kernel launch. `instructions` is empty where the report holds no source
+    counters."""
 
     name: str
     ranges: tuple[str, ...]
@@ -85,19 +92,23 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Call:
-    """All kernels of one call, their counters combined. `where` names the file and the ncu version in errors."""
+    """All kernels of one call, their counters combined.
+
+    `waits` is `waits_of` summed over the kernels, empty without counters of single instructions.
+    `where` names the file and the ncu version in errors.
+    """
 
     problem: Problem
     kernels: int
     counters: Mapping[str, float]
-    instructions: tuple[Instruction, ...]
+    waits: Mapping[str, float]
     where: str
 
     def __getitem__(self, counter: str) -> float:
         if counter not in self.counters:
             raise MissingCounter(
-                f"{self.where}: counter {counter} is missing; profile again with `metrics.ncu_metrics()` and an ncu "
-                "that knows it"
+                f"{self.where}: counter {counter} is missing; profile again with"
+                " `metrics.ncu_metrics()` and an ncu that knows it"
             )
         return self.counters[counter]
 
@@ -114,9 +125,9 @@ Derive = Callable[[Call], "float | None"]
 class Metric:
     """One row of the table.
 
-    `derive` maps a combined call to the value, in `unit`, or to None where the metric does not apply to this call.
-    `witness` is the constraint it bears on, or None. `source` metrics need per-instruction counters, which only
-    reports with all sections hold.
+    `derive` maps a combined call to the value, in `unit`, or to None where the metric does not
+    apply to this call. `witness` is the constraint it bears on, or None. `source` metrics need
+    per-instruction counters, which only reports with all sections hold.
     """
 
     id: str
@@ -164,55 +175,103 @@ def _masked_work(call: Call) -> float | None:
 
 def _opcode(instruction: Instruction) -> str:
     """The opcode with its modifiers, without a guard such as `@!P0`."""
-    text = re.sub(r"^\s*@!?U?P\w+\s+", "", instruction.sass)
-    return text.split(None, 1)[0].rstrip(";") if text.strip() else ""
+    words = instruction.sass.split()
+    return next((word.rstrip(";") for word in words if not word.startswith("@")), "")
+
+
+LOOK_BACK = 16
 
 
 def barrier_kind(instruction: Instruction) -> str | None:
     """`cta`, `named` or `mbarrier` for an instruction that waits at a barrier, else None.
 
-    `BAR.SYNC id` without a thread count takes every thread of the CTA; `BAR.SYNC id, count` takes `count` of them
-    (a named barrier). `SYNCS.PHASECHK…TRYWAIT` is a wait on an mbarrier.
+    `BAR.SYNC id` without a thread count takes every thread of the CTA; `BAR.SYNC id, count` takes
+    `count` of them (a named barrier). `SYNCS.PHASECHK…TRYWAIT` is a wait on an mbarrier.
     """
     opcode = _opcode(instruction)
     if opcode.startswith(("BAR.SYNC", "BAR.RED")):
-        operands = instruction.sass.split(opcode, 1)[1].strip(" ;").split(",")
-        return "named" if len(operands) > 1 else "cta"
-    if opcode.startswith("SYNCS") and "TRYWAIT" in opcode:
+        return "named" if "," in instruction.sass.split(opcode, 1)[1] else "cta"
+    if opcode.startswith("SYNCS.PHASECHK") and "TRYWAIT" in opcode:
         return "mbarrier"
     return None
 
 
+def waits_of(instructions: Sequence[Instruction]) -> dict[str, float]:
+    """What a kernel's warps waited for, by machine instruction.
+
+    `executed.<kind>` counts warps at barriers (`barrier_kind`), `samples.<kind>` the samples of
+    warps held by them, `samples.wgmma` those waiting for a matrix product, `samples.memory` those
+    waiting for global memory elsewhere, `samples.total` all.
+
+    A sample is found where the warp next needs the barrier to be complete, not at the barrier:
+    samples with the reason `barrier` belong to `WARPGROUP.DEPBAR` where they are at one, else to
+    the nearest barrier at most `LOOK_BACK` instructions before. Samples of a wait on an mbarrier
+    are at the branch that follows it, or in the retry loop behind that.
+    """
+    found = dict.fromkeys(
+        [f"executed.{k}" for k in ("cta", "named", "mbarrier")]
+        + [f"samples.{k}" for k in ("cta", "named", "mbarrier", "wgmma", "memory", "total")],
+        0.0,
+    )
+    opcodes = [_opcode(i) for i in instructions]
+    kinds = [barrier_kind(i) for i in instructions]
+    for n, instruction in enumerate(instructions):
+        kind, samples = kinds[n], instruction.samples
+        if kind == "mbarrier":
+            found["executed.mbarrier"] += instruction.executed
+        elif kind:
+            found[f"executed.{kind}"] += instruction.threads / WARP_THREADS
+        found["samples.total"] += sum(samples.values())
+        barrier = samples.get("barrier", 0.0)
+        if barrier and opcodes[n].startswith("WARPGROUP.DEPBAR"):
+            found["samples.wgmma"] += barrier
+        elif barrier:
+            before = range(n, max(n - LOOK_BACK, 0) - 1, -1)
+            at = next((kinds[b] for b in before if kinds[b] in ("cta", "named")), None)
+            if at:
+                found[f"samples.{at}"] += barrier
+        retry = opcodes[n].startswith(("SYNCS.PHASECHK", "NANOSLEEP.SYNCS"))
+        if retry or (n and kinds[n - 1] == "mbarrier"):
+            found["samples.mbarrier"] += sum(samples.values()) - barrier
+        else:
+            found["samples.memory"] += sum(samples.get(r, 0.0) for r in MEMORY_STALLS)
+    return found
+
+
 def _executed(kind: str) -> Derive:
-    def derive(call: Call) -> float:
-        return sum(i.executed for i in call.instructions if barrier_kind(i) == kind) / call.tiles
-
-    return derive
-
-
-def _samples(call: Call) -> float:
-    return sum(sum(i.samples.values()) for i in call.instructions)
+    return lambda call: call.waits[f"executed.{kind}"] / call.tiles
 
 
 def _sample_share(kind: str) -> Derive:
     def derive(call: Call) -> float | None:
-        total = _samples(call)
-        if not total:
-            return None
-        at = [i for i in call.instructions if barrier_kind(i) == kind]
-        return 100 * sum(sum(i.samples.values()) for i in at) / total
+        total = call.waits["samples.total"]
+        return 100 * call.waits[f"samples.{kind}"] / total if total else None
 
     return derive
 
 
-def _cycles_each(call: Call) -> float | None:
-    """Warp cycles spent in barrier stalls over warps that executed a `BAR` that waits."""
-    executed = sum(i.executed for i in call.instructions if barrier_kind(i) in ("cta", "named"))
-    return call[stall_counter("barrier")] * call[ISSUE_ACTIVE] / executed if executed else None
+def _cycles_each(kind: str) -> Derive:
+    """Warp cycles held at a kind of barrier over the warps that came to one."""
+
+    def derive(call: Call) -> float | None:
+        executed, total = call.waits[f"executed.{kind}"], call.waits["samples.total"]
+        if not executed or not total:
+            return None
+        resident = _sum_over(call, _ALL_STALLS) * call[ISSUE_ACTIVE]
+        return resident * call.waits[f"samples.{kind}"] / total / executed
+
+    return derive
 
 
 _ALL_STALLS = tuple(stall_counter(r) for r in STALLS)
-_THREADS = ("smsp__inst_executed.sum", "smsp__thread_inst_executed.sum")
+_INSTRUCTIONS = "smsp__inst_executed.sum"
+_THREADS = (_INSTRUCTIONS, "smsp__thread_inst_executed.sum")
+_PREDICATED = (_INSTRUCTIONS, "smsp__thread_inst_executed_pred_on.sum")
+_CYCLES = "smsp__cycles_active.sum"
+_MUFU = "sm__inst_executed_pipe_xu.sum"
+_REGISTERS = "launch__registers_per_thread"
+_WAVES = "launch__waves_per_multiprocessor"
+_DRAM_BYTES, _L2_BYTES = "dram__bytes.sum", "lts__t_bytes.sum"
 _BRANCHES = ("smsp__sass_branch_targets.sum", "smsp__sass_branch_targets_threads_uniform.sum")
 _L2_HIT = "lts__t_sector_hit_rate.pct"
 _TMA = "l1tex__m_xbar2l1tex_read_bytes_mem_global_op_tma_ld.sum"
@@ -227,71 +286,85 @@ def _pipe(name: str) -> str:
     return f"sm__inst_executed_pipe_{name}.avg.pct_of_peak_sustained_active"
 
 
+_CTA_BARRIER = "CTA-wide barriers"
+_NAMED_BARRIER = "named barriers"
+
 METRICS: tuple[Metric, ...] = (
     # branching
     Metric("inactive_threads", "threads inactive in an executed instruction", "%", _THREADS,
-           _inactive("smsp__thread_inst_executed.sum"), "branching"),
-    Metric("predicated_off", "threads inactive or predicated off", "%",
-           ("smsp__inst_executed.sum", "smsp__thread_inst_executed_pred_on.sum"),
-           _inactive("smsp__thread_inst_executed_pred_on.sum"), "branching"),
+           _inactive(_THREADS[1]), "branching"),
+    Metric("predicated_off", "threads inactive or predicated off", "%", _PREDICATED,
+           _inactive(_PREDICATED[1]), "branching"),
     Metric("branch_uniformity", "branch targets taken by whole warps", "%", _BRANCHES,
            _share(_BRANCHES[1], _BRANCHES[0]), "branching"),
     Metric("stall_branch", "warp time resolving branches", "%", _ALL_STALLS,
            _stall_share(["branch_resolving"]), "branching"),
-    Metric("masked_work", "tensor operations outside the visible pairs", "%", TENSOR_OPS, _masked_work, "branching"),
+    Metric("masked_work", "tensor operations outside the visible pairs", "%", TENSOR_OPS,
+           _masked_work, "branching"),
     # launch
-    Metric("kernels_per_call", "kernels of a call", "1", (), lambda call: float(call.kernels), "launch"),
-    Metric("idle_sm_cycles", "SM cycles without a resident warp (waves and tail)", "%", (_ACTIVE, _ELAPSED),
-           lambda call: 100 * (1 - call[_ACTIVE] / call[_ELAPSED]), "launch"),
-    Metric("waves", "waves of the longest kernel", "1", ("launch__waves_per_multiprocessor",),
-           _value("launch__waves_per_multiprocessor"), "launch"),
+    Metric("kernels_per_call", "kernels of a call", "1", (),
+           lambda call: float(call.kernels), "launch"),
+    Metric("idle_sm_cycles", "SM cycles without a resident warp (waves, tail)", "%",
+           (_ACTIVE, _ELAPSED), lambda call: 100 * (1 - call[_ACTIVE] / call[_ELAPSED]), "launch"),
+    Metric("waves", "waves of the longest kernel", "1", (_WAVES,), _value(_WAVES), "launch"),
     # sync
-    Metric("stall_barrier", "warp time at barriers, CTA-wide and named", "%", _ALL_STALLS,
+    Metric("stall_barrier", "warp time in the stall reason barrier", "%", _ALL_STALLS,
            _stall_share(["barrier"]), "sync"),
-    Metric("stall_membar", "warp time at memory barriers", "%", _ALL_STALLS, _stall_share(["membar"]), "sync"),
-    Metric("cta_barriers", "warps at a CTA-wide barrier per 128x128 tile", "1", (), _executed("cta"), "sync", True),
-    Metric("named_barriers", "warps at a named barrier per 128x128 tile", "1", (), _executed("named"), "sync", True),
-    Metric("mbarrier_waits", "warps at an mbarrier wait per 128x128 tile", "1", (), _executed("mbarrier"), "sync",
-           True),
-    Metric("samples_cta_barrier", "warp samples at CTA-wide barriers", "%", (), _sample_share("cta"), "sync", True),
-    Metric("samples_named_barrier", "warp samples at named barriers", "%", (), _sample_share("named"), "sync", True),
-    Metric("samples_mbarrier", "warp samples at mbarrier waits", "%", (), _sample_share("mbarrier"), "sync", True),
-    Metric("barrier_cycles", "warp cycles of one barrier wait", "cycle", (stall_counter("barrier"), ISSUE_ACTIVE),
-           _cycles_each, "sync", True),
+    Metric("stall_membar", "warp time at memory barriers", "%", _ALL_STALLS,
+           _stall_share(["membar"]), "sync"),
+    Metric("cta_barriers", f"warps at {_CTA_BARRIER} per 128x128 tile", "1", (),
+           _executed("cta"), "sync", True),
+    Metric("named_barriers", f"warps at {_NAMED_BARRIER} per 128x128 tile", "1", (),
+           _executed("named"), "sync", True),
+    Metric("mbarrier_waits", "warps at mbarrier waits per 128x128 tile", "1", (),
+           _executed("mbarrier"), "sync", True),
+    Metric("samples_cta_barrier", f"warp samples held by {_CTA_BARRIER}", "%", (),
+           _sample_share("cta"), "sync", True),
+    Metric("samples_named_barrier", f"warp samples held by {_NAMED_BARRIER}", "%", (),
+           _sample_share("named"), "sync", True),
+    Metric("samples_wgmma", "warp samples at the wait for a matrix product", "%", (),
+           _sample_share("wgmma"), "sync", True),
+    Metric("samples_mbarrier", "warp samples at mbarrier waits", "%", (),
+           _sample_share("mbarrier"), "sync", True),
+    Metric("cta_barrier_cycles", "cycles that a CTA-wide barrier holds a warp", "cycle",
+           (*_ALL_STALLS, ISSUE_ACTIVE), _cycles_each("cta"), "sync", True),
+    Metric("named_barrier_cycles", "cycles that a named barrier holds a warp", "cycle",
+           (*_ALL_STALLS, ISSUE_ACTIVE), _cycles_each("named"), "sync", True),
     # memory
-    Metric("stall_memory", "warp time waiting for global memory", "%", _ALL_STALLS, _stall_share(MEMORY_STALLS),
-           "memory"),
+    Metric("stall_memory", "warp time waiting for global memory", "%", _ALL_STALLS,
+           _stall_share(MEMORY_STALLS), "memory"),
+    Metric("samples_memory", "warp samples waiting for global memory, mbarriers apart", "%", (),
+           _sample_share("memory"), "memory", True),
     Metric("stall_shared", "warp time waiting for shared memory or MUFU", "%", _ALL_STALLS,
            _stall_share(["short_scoreboard", "mio_throttle"]), "memory"),
     Metric("tensor_pipe", "tensor pipe active", "%", (_TENSOR,), _value(_TENSOR), "memory"),
     Metric("dram_throughput", "DRAM throughput of peak", "%", (_DRAM,), _value(_DRAM), "memory"),
-    Metric("dram_bytes", "DRAM traffic", "B", ("dram__bytes.sum",), _value("dram__bytes.sum"), "memory"),
-    Metric("dram_excess", "DRAM traffic over the algorithm's minimum", "1", ("dram__bytes.sum",),
-           lambda call: call["dram__bytes.sum"] / call.problem.min_bytes, "memory"),
-    Metric("l2_bytes", "L2 traffic", "B", ("lts__t_bytes.sum",), _value("lts__t_bytes.sum"), "memory"),
+    Metric("dram_bytes", "DRAM traffic", "B", (_DRAM_BYTES,), _value(_DRAM_BYTES), "memory"),
+    Metric("dram_excess", "DRAM traffic over the algorithm's minimum", "1", (_DRAM_BYTES,),
+           lambda call: call[_DRAM_BYTES] / call.problem.min_bytes, "memory"),
+    Metric("l2_bytes", "L2 traffic", "B", (_L2_BYTES,), _value(_L2_BYTES), "memory"),
     Metric("l2_hit_rate", "L2 sector hit rate", "%", (_L2_HIT,), _value(_L2_HIT), "memory"),
     Metric("tma_bytes", "bytes loaded by TMA", "B", (_TMA,), _value(_TMA), "memory"),
     # the whole stall breakdown: with `selected` it is all of a warp's resident time
     *(
-        Metric(f"stall_cycles_{reason}", f"warp cycles per issue: {text}", "cycle", (stall_counter(reason),),
-               _value(stall_counter(reason)))
+        Metric(f"stall_cycles_{reason}", f"warp cycles per issue: {text}", "cycle",
+               (stall_counter(reason),), _value(stall_counter(reason)))
         for reason, text in STALLS.items()
     ),
-    Metric("stall_cycles_total", "warp cycles per issue, as ncu sums them", "cycle", (STALL_TOTAL,),
-           _value(STALL_TOTAL)),
+    Metric("stall_cycles_total", "warp cycles per issue, as ncu sums them", "cycle",
+           (STALL_TOTAL,), _value(STALL_TOTAL)),
     # pipes, issue and resources
     *(
         Metric(f"{name}_pipe", f"{title} pipe active", "%", (_pipe(name),), _value(_pipe(name)))
         for name, title in (("xu", "MUFU"), ("fma", "FMA"), ("alu", "ALU"))
     ),
-    Metric("issue_slots", "issue slots used", "%", (ISSUE_ACTIVE, "smsp__cycles_active.sum"),
-           _share(ISSUE_ACTIVE, "smsp__cycles_active.sum")),
-    Metric("instructions", "warp instructions executed", "1", ("smsp__inst_executed.sum",),
-           _value("smsp__inst_executed.sum")),
-    Metric("mufu_instructions", "warp instructions on the MUFU pipe", "1", ("sm__inst_executed_pipe_xu.sum",),
-           _value("sm__inst_executed_pipe_xu.sum")),
-    Metric("registers", "registers per thread at launch", "1", ("launch__registers_per_thread",),
-           _value("launch__registers_per_thread")),
+    Metric("issue_slots", "issue slots used", "%", (ISSUE_ACTIVE, _CYCLES),
+           _share(ISSUE_ACTIVE, _CYCLES)),
+    Metric("instructions", "warp instructions executed", "1", (_INSTRUCTIONS,),
+           _value(_INSTRUCTIONS)),
+    Metric("mufu_instructions", "warp instructions on the MUFU pipe", "1", (_MUFU,),
+           _value(_MUFU)),
+    Metric("registers", "registers per thread at launch", "1", (_REGISTERS,), _value(_REGISTERS)),
     Metric("spill_instructions", "local loads and stores executed", "1", _SPILLS,
            lambda call: _sum_over(call, _SPILLS)),
     Metric("occupancy", "resident warps of the maximum", "%", (_OCCUPANCY,), _value(_OCCUPANCY)),
@@ -325,9 +398,10 @@ def _is_summed(counter: str) -> bool:
 def combine(kernels: Sequence[Kernel], problem: Problem, where: str) -> Call:
     """One call from its kernels.
 
-    Sums and cycle counts add up; warp cycles per issue are weighted by issued instructions; launch properties are
-    those of the longest kernel; all other ratios are weighted by time. A ratio that is not a number for one kernel
-    (nothing to divide by) leaves that kernel out, and is missing where no kernel has it.
+    Sums and cycle counts add up; warp cycles per issue are weighted by issued instructions; launch
+    properties are those of the longest kernel; all other ratios are weighted by time. A ratio that
+    is not a number for one kernel (nothing to divide by) leaves that kernel out, and is missing
+    where no kernel has it.
     """
     if not kernels:
         raise ValueError(f"{where}: no kernels in this call")
@@ -361,15 +435,19 @@ def combine(kernels: Sequence[Kernel], problem: Problem, where: str) -> Call:
                 combined[counter] = (
                     sum(k.counters[counter] * k.counters[by] for k in having) / weight
                 )
-    instructions = tuple(i for k in kernels for i in k.instructions)
-    return Call(problem, len(kernels), combined, instructions, where)
+    waits: dict[str, float] = {}
+    for kernel in kernels:
+        for name, value in waits_of(kernel.instructions).items() if kernel.instructions else ():
+            waits[name] = waits.get(name, 0.0) + value
+    return Call(problem, len(kernels), combined, waits, where)
 
 
 def derive_all(call: Call) -> dict[str, float]:
-    """Every metric that applies to a call, by id. Raises `MissingCounter` for a counter that is not there."""
+    """Every metric that applies to a call, by id. Raises `MissingCounter` for a counter that is not
+    there."""
     values: dict[str, float] = {}
     for metric in METRICS:
-        if metric.source and not call.instructions:
+        if metric.source and not call.waits:
             continue
         value = metric.derive(call)
         if value is None:

@@ -1,4 +1,5 @@
-"""Nsight Compute reports, read with NVIDIA's `ncu-report` package: no GPU and no Nsight installation needed."""
+"""Nsight Compute reports, read with NVIDIA's `ncu-report` package: no GPU and no Nsight
+installation needed."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import Any
 from attn_profiling.metrics import Instruction, Kernel
 
 DOMAIN = "attn_ladder"
-_EXECUTED = "inst_executed"
+_EXECUTED, _THREADS = "inst_executed", "thread_inst_executed_true"
 _SAMPLES = "smsp__pcsamp_warps_issue_stalled_"
 
 
@@ -28,7 +29,8 @@ def locate(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise BadReport(
-        f"{path}: no such report, and no {packed.name} beside it; profile again or fetch the whole run"
+        f"{path}: no such report, and no {packed.name} beside it; profile again or fetch the whole"
+        " run"
     )
 
 
@@ -47,13 +49,14 @@ def content(path: Path) -> bytes:
 
 
 def check_sha256(path: Path, expected: str) -> bytes:
-    """The content of a report whose hash is the recorded one. Raises `BadReport` where it differs."""
+    """The content of a report whose hash is the recorded one. Raises `BadReport` where it
+    differs."""
     data = content(path)
     actual = hashlib.sha256(data).hexdigest()
     if actual != expected:
         raise BadReport(
-            f"{path}: sha256 is {actual[:16]}…, the record says {expected[:16]}…; the report is truncated, foreign or "
-            "from another run: restore it or profile again"
+            f"{path}: sha256 is {actual[:16]}…, the record says {expected[:16]}…; the report is"
+            " truncated, foreign or from another run: restore it or profile again"
         )
     return data
 
@@ -66,32 +69,26 @@ def _on_disk(data: bytes, name: str) -> Iterator[Path]:
         yield path
 
 
-def _instances(metric: Any) -> dict[int, float]:
+def _instances(action: Any, name: str) -> dict[int, float]:
+    """The values of a counter by instruction address; empty where the report lacks it."""
+    metric = action.metric_by_name(name)
+    if metric is None or not metric.has_correlation_ids():
+        return {}
     ids = metric.correlation_ids()
-    return {
-        int(ids.as_uint64(n)): float(metric.as_double(n)) for n in range(metric.num_instances())
-    }
+    count = range(metric.num_instances())
+    return {int(ids.as_uint64(n)): float(metric.as_double(n)) for n in count}
 
 
 def _instructions(action: Any, names: Sequence[str]) -> tuple[Instruction, ...]:
-    """Machine instructions with their execution counts and stall samples; empty without source counters."""
-    if _EXECUTED not in names:
-        return ()
-    executed_metric = action.metric_by_name(_EXECUTED)
-    if executed_metric is None or not executed_metric.has_correlation_ids():
-        return ()
-    executed = _instances(executed_metric)
+    """Machine instructions in program order; empty without counters of single instructions."""
+    executed, threads = _instances(action, _EXECUTED), _instances(action, _THREADS)
     samples: dict[int, dict[str, float]] = {}
     for name in names:
-        if not name.startswith(_SAMPLES) or name.endswith("_not_issued"):
-            continue
-        metric = action.metric_by_name(name)
-        if metric is None or not metric.has_correlation_ids():
-            continue
-        for pc, count in _instances(metric).items():
-            samples.setdefault(pc, {})[name.removeprefix(_SAMPLES)] = count
+        if name.startswith(_SAMPLES) and not name.endswith("_not_issued"):
+            for pc, count in _instances(action, name).items():
+                samples.setdefault(pc, {})[name.removeprefix(_SAMPLES)] = count
     return tuple(
-        Instruction(sass=str(action.sass_by_pc(pc)), executed=count, samples=samples.get(pc, {}))
+        Instruction(str(action.sass_by_pc(pc)), count, threads.get(pc, 0.0), samples.get(pc, {}))
         for pc, count in sorted(executed.items())
     )
 
@@ -116,7 +113,8 @@ def _kernel(action: Any, counters: Sequence[str]) -> Kernel:
 
 
 def open_report(data: bytes, name: str, counters: Sequence[str]) -> list[Kernel]:
-    """The kernels of a report given as bytes, with the wanted counters that it holds, in launch order.
+    """The kernels of a report given as bytes, with the wanted counters that it holds, in launch
+    order.
 
     Raises `BadReport` naming the file where it is truncated, foreign or empty.
     """

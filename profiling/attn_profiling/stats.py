@@ -1,9 +1,10 @@
 """Intervals and tests for timings: few processes, many rounds in each.
 
-Rounds of one process share its clock, its memory layout and its neighbours, so they are not independent of each
-other; processes are. Intervals therefore come from a hierarchical bootstrap (processes, then rounds within them;
-Davison and Hinkley, Bootstrap Methods, section 3.8) whose spread is turned into an interval with Student's t at one
-less than the number of processes: a bare percentile of three processes would cover far less than it says.
+Rounds of one process share its clock, its memory layout and its neighbours, so they are not
+independent of each other; processes are. Intervals therefore come from a hierarchical bootstrap
+(processes, then rounds within them; Davison and Hinkley, Bootstrap Methods, section 3.8) whose
+spread is turned into an interval with Student's t at one less than the number of processes: a bare
+percentile of three processes would cover far less than it says.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ Samples = Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class Interval:
-    """A point estimate with its 95 % interval. `df` is infinite where nothing had to be estimated from few."""
+    """A point estimate with its 95 % interval. `df` is infinite where nothing had to be estimated
+    from few."""
 
     value: float
     low: float
@@ -98,10 +100,12 @@ class Replicates:
 
 @cache
 def _indices(lengths: tuple[int, ...]) -> NDArray[np.int64]:
-    """Bootstrap positions into the concatenated rounds of processes of these lengths, one resample a row.
+    """Bootstrap positions into the concatenated rounds of processes of these lengths, one resample
+    a row.
 
-    Depends on the lengths only: problems measured alike are resampled alike, so what processes have in common across
-    problems stays in common when a median over problems is formed. Unequal lengths are cut to the shortest.
+    Depends on the lengths only: problems measured alike are resampled alike, so what processes have
+    in common across problems stays in common when a median over problems is formed. Unequal lengths
+    are cut to the shortest.
     """
     rng = np.random.default_rng(SEED)
     processes, rounds = len(lengths), min(lengths)
@@ -191,7 +195,8 @@ def over_values(values: Sequence[float]) -> Interval:
 
 
 def noise_floor(aa_ratios: Sequence[float]) -> float:
-    """How far from 1 a ratio of a kernel to itself was found: the largest departure of the A/A pairs."""
+    """How far from 1 a ratio of a kernel to itself was found: the largest departure of the A/A
+    pairs."""
     if not aa_ratios:
         raise ValueError("aa_ratios is empty; the noise floor needs at least one A/A pair")
     return max(abs(r - 1) for r in aa_ratios)

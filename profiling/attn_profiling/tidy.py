@@ -1,4 +1,5 @@
-"""From the raw files of one run to `metrics.csv`, `speedups.csv` and the provenance that every table is stamped with.
+"""From the raw files of one run to `metrics.csv`, `speedups.csv` and the provenance that every
+table is stamped with.
 
 Reads exactly one run; ratios never cross runs. The same raw files give the same bytes.
 """
@@ -21,12 +22,33 @@ from attn_profiling import metrics, ncu_rep, record, stats
 from attn_profiling.stats import Interval
 
 METRICS_COLUMNS = (
-    "run", "device", "suite", "problem", "dtype", "subject", "regime", "metric", "unit", "statistic", "value",
-)  # fmt: skip
+    "run",
+    "device",
+    "suite",
+    "problem",
+    "dtype",
+    "subject",
+    "regime",
+    "metric",
+    "unit",
+    "statistic",
+    "value",
+)
 SPEEDUPS_COLUMNS = (
-    "run", "device", "suite", "problem", "dtype", "regime", "subject", "peer", "ratio", "ci_low", "ci_high",
-    "n_processes", "n",
-)  # fmt: skip
+    "run",
+    "device",
+    "suite",
+    "problem",
+    "dtype",
+    "regime",
+    "subject",
+    "peer",
+    "ratio",
+    "ci_low",
+    "ci_high",
+    "n_processes",
+    "n",
+)
 
 NO_REGIME = "-"
 MEDIAN, MINIMUM = "(median)", "(min)"
@@ -44,7 +66,8 @@ _HOST = ("eager_host_us", "eager_latency_us", "graph_latency_us", "fresh_pointer
 
 @dataclass
 class Tables:
-    """What `tidy` writes: rows of both tables, and provenance with everything that was left out and why."""
+    """What `tidy` writes: rows of both tables, and provenance with everything that was left out and
+    why."""
 
     metrics: list[Row] = field(default_factory=list)
     speedups: list[Row] = field(default_factory=list)
@@ -52,7 +75,8 @@ class Tables:
 
 
 def text(value: Any) -> str:
-    """One cell: floats with nine significant digits, so that the same numbers give the same bytes."""
+    """One cell: floats with nine significant digits, so that the same numbers give the same
+    bytes."""
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, float):
@@ -72,7 +96,8 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def present(samples: Sequence[Sequence[float | None]] | None) -> list[list[float]]:
-    """Samples without readings that the machine did not give; empty where it gave none to a process."""
+    """Samples without readings that the machine did not give; empty where it gave none to a
+    process."""
     kept = [[value for value in process if value is not None] for process in samples or []]
     return kept if all(kept) else []
 
@@ -89,7 +114,7 @@ class Run:
         self.raw = raw
         if not (raw / "device.json").is_file():
             raise FileNotFoundError(
-                f"{raw}: no device.json; name the folder of a run (runs/<id>, measurements/<device>)"
+                f"{raw}: no device.json; name a run's folder (runs/<id>, measurements/<device>)"
             )
         self.device = record.read(raw / "device.json", "device")
         self.checks = self._all("check")
@@ -99,8 +124,8 @@ class Run:
         for path, data in self.records():
             if data["run"] != self.device["run"]:
                 raise ValueError(
-                    f"{path}: belongs to run {data['run']!r}, device.json to {self.device['run']!r}; a folder holds "
-                    "one run, ratios never cross runs"
+                    f"{path}: belongs to run {data['run']!r}, device.json to {self.device['run']!r};"
+                    " a folder holds one run, ratios never cross runs"
                 )
 
     def _all(self, kind: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -151,11 +176,19 @@ class Tidier:
         for statistic, value in values.items():
             self.tables.metrics.append(
                 {
-                    "run": self.run.device["run"], "device": self.device, "suite": suite, "problem": problem.id,
-                    "dtype": problem.dtype, "subject": subject, "regime": regime, "metric": name, "unit": unit,
-                    "statistic": statistic, "value": float(value),
+                    "run": self.run.device["run"],
+                    "device": self.device,
+                    "suite": suite,
+                    "problem": problem.id,
+                    "dtype": problem.dtype,
+                    "subject": subject,
+                    "regime": regime,
+                    "metric": name,
+                    "unit": unit,
+                    "statistic": statistic,
+                    "value": float(value),
                 }
-            )  # fmt: skip
+            )
 
     def interval(
         self,
@@ -168,9 +201,18 @@ class Tidier:
         found: Interval,
     ) -> None:
         self.metric(
-            suite, problem, subject, regime, name, unit,
-            median=found.value, ci_low=found.low, ci_high=found.high, n_processes=found.n_processes, n=found.n,
-        )  # fmt: skip
+            suite,
+            problem,
+            subject,
+            regime,
+            name,
+            unit,
+            median=found.value,
+            ci_low=found.low,
+            ci_high=found.high,
+            n_processes=found.n_processes,
+            n=found.n,
+        )
 
     def speedup(
         self,
@@ -184,16 +226,27 @@ class Tidier:
     ) -> None:
         self.tables.speedups.append(
             {
-                "run": self.run.device["run"], "device": self.device, "suite": suite, "problem": problem,
-                "dtype": dtype, "regime": regime, "subject": subject, "peer": peer, "ratio": found.value,
-                "ci_low": found.low, "ci_high": found.high, "n_processes": found.n_processes, "n": found.n,
+                "run": self.run.device["run"],
+                "device": self.device,
+                "suite": suite,
+                "problem": problem,
+                "dtype": dtype,
+                "regime": regime,
+                "subject": subject,
+                "peer": peer,
+                "ratio": found.value,
+                "ci_low": found.low,
+                "ci_high": found.high,
+                "n_processes": found.n_processes,
+                "n": found.n,
             }
-        )  # fmt: skip
+        )
 
     # -- what is left out, and why
 
     def is_stale(self, path: Path, data: record.Record, subject: str) -> bool:
-        """Whether a subject's results are left out; the reason goes into the provenance once a file."""
+        """Whether a subject's results are left out; the reason goes into the provenance once a
+        file."""
         return self._is_stale(path, data, subject, lambda: record.stale(data, subject))
 
     def is_stale_problem(self, path: Path, data: record.Record, raw: Mapping[str, Any]) -> bool:
@@ -223,7 +276,8 @@ class Tidier:
     def entries(
         self, path: Path, data: record.Record, key: str = "problems"
     ) -> Iterator[tuple[dict[str, Any], Problem]]:
-        """The entries of a record whose problem still stands, with the reasons for subjects left out noted."""
+        """The entries of a record whose problem still stands, with the reasons for subjects left
+        out noted."""
         for entry in data[key]:
             if self.is_stale_problem(path, data, entry["problem"]):
                 continue
@@ -243,10 +297,14 @@ class Tidier:
         kind = data["schema"].split("/")[1]
         self.excluded.append(
             {
-                "kind": kind, "suite": data["suite"], "problem": problem.id, "subject": subject,
-                "status": status, "reason": reason,
+                "kind": kind,
+                "suite": data["suite"],
+                "problem": problem.id,
+                "subject": subject,
+                "status": status,
+                "reason": reason,
             }
-        )  # fmt: skip
+        )
 
     # -- the kinds of raw files
 
@@ -310,9 +368,11 @@ class Tidier:
                 ("tflops_exact", problem.flops),
             ):
                 rate = replace(
-                    found, value=flops / found.value / 1e6, low=flops / found.high / 1e6,
+                    found,
+                    value=flops / found.value / 1e6,
+                    low=flops / found.high / 1e6,
                     high=flops / found.low / 1e6,
-                )  # fmt: skip
+                )
                 self.interval(suite, problem, subject, regime, name, "TFLOPS", rate)
             for name, unit in _SAMPLED.items():
                 values = present(taken.get(name))
@@ -476,8 +536,8 @@ class Tidier:
                     found = [k for k in kernels if name in k.ranges]
                     if len(found) != expected:
                         raise ncu_rep.BadReport(
-                            f"{file}: {len(found)} kernels in NVTX range {name}, the record says {expected}; the "
-                            "report is truncated or from another run: profile again"
+                            f"{file}: {len(found)} kernels in NVTX range {name}, the record says"
+                            f" {expected}; the report is truncated or from another run: profile again"
                         )
                     where = f"{file} ({name}, ncu {version})"
                     call = metrics.combine(found, problem, where)
@@ -486,7 +546,7 @@ class Tidier:
                         self.metric(
                             data["suite"], problem, subject, NO_REGIME, metric, unit, value=value
                         )
-                    if report["sections"] == "full" and not call.instructions:
+                    if report["sections"] == "full" and not call.waits:
                         self.notes.append(f"{where}: no counters for single instructions in it")
                     if not any(call.counters.get(c) for c in metrics.TENSOR_OPS):
                         self.notes.append(
