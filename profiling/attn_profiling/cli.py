@@ -1,0 +1,239 @@
+"""`attn-profiling`: what the workflow's rules call, one file each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Measure attention kernels and derive what the paper says of them.",
+)
+console = Console(stderr=True)
+P = ParamSpec("P")
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", help="Merged configuration, as in runs/<id>/config.json.")
+]
+RunOption = Annotated[Path, typer.Option("--run", help="Folder of the run: runs/<id>.")]
+SuiteOption = Annotated[str, typer.Option("--suite", help="Set of problems.")]
+OutOption = Annotated[Path, typer.Option("--out", help="File to write.")]
+
+
+def _fail(error: BaseException) -> NoReturn:
+    console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(1) from None
+
+
+def _expected() -> tuple[type[BaseException], ...]:
+    """Errors that explain themselves; any other is a fault of the program and shows its trace."""
+    from attn_profiling.activity import ActivityError
+    from attn_profiling.device import NoGpu
+    from attn_profiling.guard import Patched
+    from attn_profiling.launches import MeasureError
+    from attn_profiling.ncu import NcuError
+
+    return (ValueError, NoGpu, MeasureError, NcuError, ActivityError, Patched)
+
+
+def _explained(function: Callable[P, None]) -> Callable[P, None]:
+    @functools.wraps(function)
+    def command(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except _expected() as error:
+            _fail(error)
+
+    return command
+
+
+@app.command("device")
+@_explained
+def device_command(config: ConfigOption, run: RunOption, out: OutOption) -> None:
+    """Record what is measured on: the GPU, its software, and the ceilings it reaches."""
+    import torch
+
+    from attn_profiling import device, record, settings
+    from attn_profiling.session import Session
+
+    chosen = settings.load(config, run)
+    session = Session(chosen, chosen.subjects)
+    if not torch.cuda.is_available():
+        raise device.NoGpu(
+            f"NVML sees {session.gpu.name}, but torch {torch.__version__} cannot use it; install a"
+            " CUDA build of torch (requirements/cuda.txt) and a driver that is new enough"
+        )
+    found = device.properties(torch, session.gpu)
+    ceilings = device.ceilings(torch, session.gpu)
+    data = {
+        **session.header("device", None),
+        "device": device.slug_of(session.gpu.name),
+        "properties": found,
+        "ceilings": ceilings,
+    }
+    record.write(out, data, "device")
+    for name, ceiling in ceilings.items():
+        console.print(f"{name}: {ceiling['value']:.4g} {ceiling['unit']}", highlight=False)
+
+
+@app.command("check")
+@_explained
+def check_command(config: ConfigOption, run: RunOption, suite: SuiteOption, out: OutOption) -> None:
+    """Decide which subject is right on which problem of a suite."""
+    from attn_profiling import check, settings
+
+    data = check.run(settings.load(config, run), suite, out)
+    counts: dict[str, dict[str, int]] = {}
+    for row in data["results"]:
+        found = counts.setdefault(row["subject"], {})
+        found[row["status"]] = found.get(row["status"], 0) + 1
+        if row["status"] in ("failed", "error"):
+            _say(f"{row['subject']} {row['problem']['id']}: {row['status']}: {row['message']}")
+    for subject, found in counts.items():
+        _say(f"{subject}: {', '.join(f'{n} {status}' for status, n in found.items())}")
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command("time")
+@_explained
+def time_command(
+    config: ConfigOption,
+    run: RunOption,
+    suite: SuiteOption,
+    out: OutOption,
+    regime: Annotated[str, typer.Option("--regime", help="spaced or sustained.")] = "spaced",
+) -> None:
+    """Time a suite: per-launch samples of every subject that passed its check."""
+    import statistics
+
+    from attn_profiling import settings, timing
+
+    data = timing.run(settings.load(config, run), suite, regime, out)
+    for row in data["problems"]:
+        last = row["attempts"][-1]
+        medians = {
+            name: statistics.median(us for process in sample["gpu_us"] for us in process)
+            for name, sample in last["samples"].items()
+        }
+        base = medians.get(last["aa_subject"])
+        shown = ", ".join(
+            f"{name} {us:.1f} µs" + (f" ({base / us:.3f})" if base else "")
+            for name, us in medians.items()
+        )
+        _say(f"{row['problem']['id']}: {row['status']}, A/A {last['aa_ratio']}: {shown}")
+
+
+@app.command("host")
+@_explained
+def host_command(config: ConfigOption, run: RunOption, suite: SuiteOption, out: OutOption) -> None:
+    """Measure what a call costs the host, and its latency eager and in a CUDA graph."""
+    from attn_profiling import host, settings
+
+    host.run(settings.load(config, run), suite, out)
+
+
+@app.command("profile")
+@_explained
+def profile_command(
+    config: ConfigOption,
+    run: RunOption,
+    suite: SuiteOption,
+    out: OutOption,
+    sections: Annotated[
+        str | None,
+        typer.Option(help="full or listed; by default full for the suite profile."),
+    ] = None,
+) -> None:
+    """Read hardware counters of a suite with Nsight Compute."""
+    from attn_profiling import ncu, settings
+
+    ncu.run(settings.load(config, run), suite, sections, out)
+
+
+@app.command("promote")
+@_explained
+def promote_command(
+    run: RunOption,
+    to: Annotated[
+        Path | None, typer.Option(help="Default: measurements/<device of the run>.")
+    ] = None,
+) -> None:
+    """Make a complete run the recorded one of its device, replacing what was there."""
+    from attn_profiling import promote
+
+    target, total = promote.promote(run, to, tell=lambda name: _say(f"packed {name}"))
+    _say(f"{run} is recorded in {target}: {total / 1e6:.1f} MB")
+
+
+@app.command("verify")
+@_explained
+def verify_command(
+    run: RunOption,
+    against: Annotated[
+        Path | None, typer.Option(help="Default: measurements/<device of the run>.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative change of a ratio that passes.")
+    ] = None,
+) -> None:
+    """Compare a run with the recorded one; exit status 0 PASS, 1 FAIL, 3 AMBIGUOUS."""
+    from attn_profiling import verify
+    from attn_profiling.record import read
+
+    if against is None:
+        against = Path("measurements") / read(run / "device.json", "device")["device"]
+    claims = verify.verify(run, against, verify.TOLERANCE if tolerance is None else tolerance)
+    table = Table(title=f"{run} against {against}")
+    for column in ("claim", "recorded", "measured", "change", "95 % interval", "verdict", "note"):
+        table.add_column(column)
+    for claim in claims:
+        table.add_row(
+            claim.claim,
+            claim.recorded,
+            claim.fresh,
+            "" if claim.change is None else f"{claim.change:+.2%}",
+            "" if claim.low is None or claim.high is None
+            else f"{claim.low:+.2%} … {claim.high:+.2%}",
+            claim.verdict,
+            claim.note or "",
+        )  # fmt: skip
+    Console(width=None if console.is_terminal else 160).print(table)
+    verdict = verify.overall(claims)
+    _say(f"verdict: {verdict}")
+    raise typer.Exit(verify.EXIT_STATUS[verdict])
+
+
+@app.command("worker", hidden=True)
+def worker_command(kind: str, subjects: Annotated[str | None, typer.Argument()] = None) -> None:
+    """A child process of check, time or host."""
+    from attn_profiling import check, host, timing
+
+    names = subjects.split(",") if subjects else []
+    works: dict[str, Callable[[], Any]] = {
+        "check": check.work,
+        "time": lambda: timing.work(names),
+        "host": lambda: host.work(names),
+    }
+    works[kind]()
+
+
+@app.command("profile-worker", hidden=True)
+def profile_worker_command(request: Path) -> None:
+    """The program that ncu profiles."""
+    from attn_profiling import ncu
+
+    ncu.work(request)
+
+
+if __name__ == "__main__":
+    app()

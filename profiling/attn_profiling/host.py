@@ -1,0 +1,222 @@
+"""What a call costs the host, and how long one call takes from start to finish.
+
+Per subject and process: host time of unsynchronised calls, on the same inputs and on inputs at
+fresh addresses; latency of a call followed by a synchronisation; latency of the same call replayed
+from a CUDA graph. None of these is GPU time: `timing` measures that.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from attn_profiling.check import explain, gate, poisons_process
+from attn_profiling.guard import Guard
+from attn_profiling.inputs import Rotation, bound
+from attn_profiling.launches import MeasureError
+from attn_profiling.machine import Machine
+from attn_profiling.partial import Partial
+from attn_profiling.record import Record, content_key, problem_fields, problem_of, write
+from attn_profiling.session import Session
+from attn_profiling.settings import Measuring, Settings
+from attn_profiling.timing import known_choices, with_twin
+from attn_profiling.workers import Reporter, Worker, WorkerDied
+
+WARM_CALLS = 20
+PORTION = 100
+SILENCE_S = 180.0
+KINDS = ("eager_host_us", "fresh_pointer_host_us", "eager_latency_us")
+
+
+def clocked(call: Callable[[int], Any], count: int, after: Callable[[], None]) -> list[float]:
+    """Microseconds of each of `count` calls; `after` belongs to what is timed."""
+    now = time.perf_counter_ns
+    times = []
+    for i in range(count):
+        start = now()
+        call(i)
+        after()
+        times.append(now() - start)
+    return [round(t / 1000, 2) for t in times]
+
+
+def unsynchronised(machine: Machine, call: Callable[[int], Any], count: int) -> list[float]:
+    """Host time of calls that nobody waits for, in portions that do not fill the launch queue."""
+    times: list[float] = []
+    while len(times) < count:
+        done = len(times)
+        times += clocked(
+            lambda i, done=done: call(done + i),  # type: ignore[misc]
+            min(PORTION, count - done),
+            lambda: None,
+        )
+        machine.synchronize()
+    return times
+
+
+def measure_call(
+    machine: Machine, rotation: Rotation, call: Callable[[int], Any], count: int
+) -> dict[str, Any]:
+    """All host samples of one subject on one problem."""
+
+    for i in range(WARM_CALLS):
+        call(i % 2)
+    machine.synchronize()
+    gc.collect()
+    gc.disable()
+    try:
+        result: dict[str, Any] = {}
+        result["eager_host_us"] = unsynchronised(machine, lambda i: call(0), count)
+        result["fresh_pointer_host_us"] = unsynchronised(machine, lambda i: call(2 + i), count)
+        result["eager_latency_us"] = clocked(lambda i: call(0), count, machine.synchronize)
+        try:
+            replay, _ = machine.capture([lambda: call(0)])
+        except Exception as error:
+            if poisons_process(error):
+                machine.synchronize()
+            return {**result, "graph_latency_us": None, "graph_note": explain(error)}
+        for _ in range(WARM_CALLS):
+            replay()
+        machine.synchronize()
+        latency = clocked(lambda i: replay(), count, machine.synchronize)
+        return {**result, "graph_latency_us": latency, "graph_note": None}
+    finally:
+        gc.enable()
+
+
+def work(subjects: list[str]) -> None:
+    """The worker: all problems of a suite, all their subjects, in random order."""
+    reporter = Reporter()
+    import torch
+
+    guard = Guard(torch)
+    from attn_ladder.stage import load
+
+    modules = {name: load(name) for name in subjects}
+    request = reporter.request()
+    measuring = Measuring(**request["measuring"])
+    guard.verify()
+    machine = Machine(torch, measuring.flush_l2_factor)
+    for entry in request["problems"]:
+        problem = problem_of(entry["problem"])
+        reporter.send(begin=problem.id)
+        rng = random.Random(f"{request['seed']} {problem.id}")
+        count = measuring.host_calls
+        rotation = Rotation(torch, problem, count + 2, rng.getrandbits(31), "cuda")
+        names, _ = with_twin(entry["subjects"])
+        samples: dict[str, Any] = {}
+        for name in rng.sample(names, len(names)):
+            original = name.split("#")[0]
+            config = entry["chosen"].get(original)
+            with torch.inference_mode():
+                samples[name] = measure_call(
+                    machine,
+                    rotation,
+                    bound(modules[original].forward, rotation, problem.causal, config),
+                    count,
+                )
+            guard.verify()
+        torch.cuda.empty_cache()
+        reporter.send(result={"problem": problem.id, "samples": samples})
+
+
+def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples of a problem, a list per process."""
+    merged: dict[str, Any] = {}
+    for name in results[0]["samples"]:
+        rows = [result["samples"][name] for result in results]
+        graphs = [row["graph_latency_us"] for row in rows]
+        merged[name] = {
+            **{kind: [row[kind] for row in rows] for kind in KINDS},
+            "graph_latency_us": None if None in graphs else graphs,
+            "graph_note": next((row["graph_note"] for row in rows if row["graph_note"]), None),
+        }
+    return merged
+
+
+def run(settings: Settings, suite: str, out: Path) -> Record:
+    """Measure a suite and write the record. Goes on where an earlier try was stopped."""
+    from attn_profiling.progress import progress
+
+    measuring = settings.measuring
+    problems = settings.suite(suite)
+    subjects = settings.subjects_of(suite)
+    allowed = gate(settings.run_dir, problems, subjects)
+    session = Session(settings, subjects)
+    fields = {p.id: problem_fields(p) for p in problems}
+    hashes = {name: entry["kernel_hash"] for name, entry in session.subjects.items()}
+    runnable = {p.id: [n for n, why in allowed[p.id].items() if why is None] for p in problems}
+    chosen = {p.id: known_choices(settings.run_dir, p) for p in problems}
+    store = Partial(
+        out.parent / ".partial" / suite,
+        lambda p: content_key(
+            session.content,
+            fields[p.id],
+            {**hashes, "with": ",".join(runnable[p.id]), "chosen": repr(chosen[p.id])},
+        ),
+    )
+    log = out.parent / ".partial" / f"{suite}.log"
+    results: dict[str, list[dict[str, Any]]] = {p.id: [] for p in problems}
+    with progress(f"host {suite}", len(problems) * measuring.processes) as tell:
+        for process in range(measuring.processes):
+            todo = []
+            for p in problems:
+                found = store.get(1, process, p)
+                if found is None:
+                    todo.append(p)
+                else:
+                    results[p.id].append(found)
+                    tell(p.id)
+            if not todo:
+                continue
+            everyone = sorted({n for p in todo for n in runnable[p.id]})
+            worker = Worker("host", [",".join(everyone)], log, session.environment)
+            current = todo[0].id
+            try:
+                worker.begin(
+                    {
+                        "measuring": settings.measuring_fields,
+                        "seed": measuring.seed + process,
+                        "problems": [
+                            {
+                                "problem": fields[p.id],
+                                "subjects": runnable[p.id],
+                                "chosen": chosen[p.id],
+                            }
+                            for p in todo
+                        ],
+                    }
+                )
+                for message in worker.messages(SILENCE_S):
+                    if "begin" in message:
+                        current = message["begin"]
+                        continue
+                    result = message["result"]
+                    results[current].append(result)
+                    store.put(1, process, settings.problems[current], result)
+                    tell(current)
+            except WorkerDied as error:
+                raise MeasureError(
+                    f"problem {current}, process {process + 1}: {error}\nWhat was measured before"
+                    " it is kept; the same command goes on from there"
+                ) from None
+            finally:
+                worker.close()
+    data = {
+        **session.header("host", suite),
+        "problems": [
+            {
+                "problem": fields[p.id],
+                "samples": merge(results[p.id]),
+                "left_out": {n: why for n, why in allowed[p.id].items() if why is not None},
+            }
+            for p in problems
+        ],
+    }
+    write(out, data, "host")
+    store.clear()
+    return data

@@ -1,0 +1,57 @@
+"""One measuring command on one GPU: what it is measured on, and what rides along."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from attn_profiling import device
+from attn_profiling.record import Record, constraints_sha256, header
+from attn_profiling.settings import INPUT_DISTRIBUTION, Settings
+
+
+class Session:
+    """Opened before measuring; `header` closes it with the state after."""
+
+    def __init__(
+        self, settings: Settings, subjects: Iterable[str], gpu: device.Gpu | None = None
+    ) -> None:
+        self.settings = settings
+        self.gpu = gpu or device.open_gpu()
+        self.content = device.content(self.gpu, settings.measuring_fields)
+        self.environment = {"ATTN_LADDER_FA3_MODULE": settings.fa3_module}
+        self.subjects = {name: device.subject_identity(name) for name in subjects}
+        self._before = self.gpu.state()
+        self._started = datetime.now(UTC)
+        self._clock = time.monotonic()
+
+    def header(self, kind: str, suite: str | None) -> Record:
+        """The header of a record, with provenance up to this moment."""
+        commit, dirty = device.commit(Path.cwd())
+        provenance: dict[str, Any] = {
+            "gpu_uuid": self.gpu.uuid,
+            "before": self._before,
+            "after": self.gpu.state(),
+            "packages": device.packages(),
+            "image_digest": os.environ.get("ATTN_LADDER_IMAGE_DIGEST") or None,
+            "engine": os.environ.get("ATTN_LADDER_ENGINE") or "none",
+            "commit": commit,
+            "dirty": dirty,
+            "seed": self.settings.measuring.seed,
+            "input_distribution": INPUT_DISTRIBUTION,
+            "constraints_sha256": constraints_sha256(self.settings.constraints),
+            "started": self._started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self._clock, 1),
+        }
+        return header(
+            kind,
+            run=self.settings.run,
+            suite=suite,
+            content=self.content,
+            provenance=provenance,
+            subjects=self.subjects,
+        )

@@ -1,0 +1,102 @@
+"""The part of the configuration that a measuring command needs, read from a run's config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from attn_ladder.problem import Problem, read_problems, select
+from attn_ladder.stage import in_suite, subject, subjects
+
+INPUT_DISTRIBUTION = "standard normal, drawn afresh for each problem and process"
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Numbers that say how a measurement is made; part of what identifies it."""
+
+    processes: int = 3
+    rounds: int = 30
+    gap_us: float = 400
+    sustained_ms: float = 250
+    sustained_bursts: int = 2
+    warmup_rounds: int = 3
+    max_attempts: int = 3
+    aa_tolerance: float = 0.01
+    seed: int = 0
+    flush_l2_factor: float = 2
+    host_calls: int = 300
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"measuring.{field.name}={value!r} must be a number")
+            least = 0 if field.name in ("seed", "aa_tolerance", "warmup_rounds") else 1
+            if value < least:
+                raise ValueError(f"measuring.{field.name}={value} must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure and how."""
+
+    run: str
+    run_dir: Path
+    problems: dict[str, Problem]
+    subjects: tuple[str, ...]
+    measuring: Measuring
+    fa3_module: str
+    constraints: Path
+
+    @property
+    def measuring_fields(self) -> dict[str, float]:
+        """The measuring numbers as they stand in a record."""
+        return asdict(self.measuring)
+
+    def subjects_of(self, suite: str) -> tuple[str, ...]:
+        """The subjects that are measured in a suite. Raises `ValueError` if there are none."""
+        chosen = tuple(name for name in self.subjects if in_suite(name, suite))
+        if not chosen:
+            raise ValueError(
+                f"{suite=} has no subject among {', '.join(self.subjects)}; name others in the"
+                " config key `subjects`"
+            )
+        return chosen
+
+    def suite(self, name: str) -> list[Problem]:
+        """The problems of a suite. Raises `ValueError` if there are none."""
+        return select(self.problems, name)
+
+
+def load(config: Path, run_dir: Path) -> Settings:
+    """Read a merged configuration. Raises `ValueError` naming the key that is wrong."""
+    try:
+        data: dict[str, Any] = json.loads(config.read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"--config {config}: no such file; the workflow writes it to runs/<id>/config.json"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config {config}: not valid JSON: {error}") from None
+    given = data.get("measuring", {})
+    known = {field.name for field in fields(Measuring)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(
+            f"--config {config}: measuring.{unknown[0]} is unknown; known keys:"
+            f" {', '.join(sorted(known))}"
+        )
+    named = data.get("subjects", "all")
+    chosen = tuple(subjects()) if named == "all" else tuple(subject(n).name for n in named)
+    return Settings(
+        run=run_dir.name,
+        run_dir=run_dir,
+        problems=read_problems(Path(data.get("problems", "config/problems.tsv"))),
+        subjects=chosen,
+        measuring=Measuring(**given),
+        fa3_module=data.get("fa3_module", "fa3_fwd_interface"),
+        constraints=Path(data.get("constraints", "config/constraints.yaml")),
+    )

@@ -1,0 +1,451 @@
+"""GPU time of a call, free of host time.
+
+Several processes one after another; in each, rounds in which every subject is called once, in
+random order, on inputs at fresh addresses with a cold L2, behind a spin that gives the host time to
+enqueue. Primary is the sum over the call's kernels, memsets and memcpys from activity records;
+CUDA events around the call are the cross-check. One subject is measured twice under two names (the
+A/A pair): how far the two differ is the noise that no difference between subjects may be below.
+
+`spaced` measures single calls after a stated gap. `sustained` measures bursts of calls back to
+back, replayed from a CUDA graph where the subject can be captured, with clock, power and energy.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attn_ladder.problem import Problem
+from attn_profiling.check import Oracle, explain, gate, poisons_process, sampled_heads
+from attn_profiling.device import Gpu, open_gpu
+from attn_profiling.guard import Guard, poison_recycled
+from attn_profiling.inputs import Rotation, bound
+from attn_profiling.launches import (
+    MeasureError,
+    Subject,
+    Unsteady,
+    choose,
+    disagreement,
+    spaced,
+    sustained,
+)
+from attn_profiling.machine import Machine
+from attn_profiling.partial import Partial
+from attn_profiling.record import (
+    Record,
+    content_key,
+    problem_fields,
+    problem_of,
+    read,
+    write,
+)
+from attn_profiling.session import Session
+from attn_profiling.settings import Measuring, Settings
+from attn_profiling.workers import Reporter, Worker, WorkerDied
+
+REGIMES = ("spaced", "sustained")
+AA_PREFERRED = ("fa3", "cudnn")
+SILENCE_S = 300.0
+
+
+@dataclass
+class Entry:
+    """A problem on its way into the record."""
+
+    problem: Problem
+    subjects: list[str]
+    chosen: dict[str, dict[str, Any] | None]
+    left_out: dict[str, str]
+    tried: dict[str, Any] = field(default_factory=dict)
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+
+
+def with_twin(subjects: list[str]) -> tuple[list[str], str | None]:
+    """The subjects with the A/A twin of one of them added, and which one that is."""
+    for name in (*AA_PREFERRED, *subjects):
+        if name in subjects:
+            return [*subjects, f"{name}#2"], name
+    return subjects, None
+
+
+def verify_outputs(
+    torch: Any, problem: Problem, rotation: Rotation, outputs: Mapping[str, Any], seed: int
+) -> dict[str, str]:
+    """{subject: what is wrong with the output of its timed call}, judged like the gate does."""
+    wrong: dict[str, str] = {}
+    oracles: dict[int, Oracle] = {}
+    heads = sampled_heads(problem, seed)
+    if heads is not None:
+        heads = heads[:1] + heads[-2:]
+    for name, (index, result) in outputs.items():
+        if index % rotation.count not in oracles:
+            oracles[index % rotation.count] = Oracle(torch, problem, rotation[index], heads)
+        verdict = oracles[index % rotation.count].judge(*result)
+        if verdict.message is not None:
+            wrong[name] = f"its output in a timed call is wrong: {verdict.message}"
+    return wrong
+
+
+def measure_problem(
+    torch: Any,
+    machine: Machine,
+    gpu: Gpu,
+    guard: Guard,
+    problem: Problem,
+    modules: Mapping[str, Any],
+    chosen: Mapping[str, dict[str, Any] | None],
+    regime: str,
+    measuring: Measuring,
+    seed: int,
+) -> dict[str, Any]:
+    """Everything one process measures of one problem, as it stands in a partial file.
+
+    `modules`: those of the subjects that may be measured. A subject that misbehaves is left out,
+    with the reason, and the others are measured without it.
+    """
+    rng = random.Random(f"{seed} {problem.id}")
+    rotation = Rotation(
+        torch, problem, measuring.warmup_rounds + measuring.rounds, rng.getrandbits(31), "cuda"
+    )
+    left_out: dict[str, str] = {}
+    kept: dict[str, dict[str, Any] | None] = {}
+    tried: dict[str, list[dict[str, Any]]] = {}
+    causal = problem.causal
+
+    def maker(name: str) -> Callable[[dict[str, Any] | None], Subject]:
+        return lambda config: bound(modules[name].forward, rotation, causal, config)
+
+    calls: dict[str, Subject] = {}
+    for name, module in modules.items():
+        try:
+            candidates = getattr(module, "candidates", None)
+            if name in chosen:
+                kept[name] = chosen[name]
+            elif candidates is not None:
+                kept[name], tried[name] = choose(
+                    machine, gpu, maker(name), candidates(problem), measuring, rng
+                )
+            else:
+                kept[name] = None
+            call = maker(name)(kept[name])
+            for i in range(2):
+                call(i)
+            machine.synchronize()
+            calls[name] = call
+        except Exception as error:
+            if poisons_process(error):
+                raise
+            left_out[name] = f"error: {explain(error)}"
+    guard.verify()
+
+    def poison() -> None:
+        q = rotation[0][0]
+        lse = torch.empty(problem.batch, problem.nheads, problem.seqlen_q, device=q.device)
+        poison_recycled(torch, [q, lse], copies=len(calls) + 3)
+
+    while True:
+        names, twin_of = with_twin(list(calls))
+        if not names:
+            raise MeasureError(f"problem {problem.id}: no subject is left to measure: {left_out}")
+        table = {name: calls[name.split("#")[0]] for name in names}
+        try:
+            if regime == "spaced":
+                samples, outputs = spaced(machine, gpu, table, measuring, rng, poison)
+            else:
+                samples, outputs = sustained(machine, gpu, table, measuring, rng, rotation.count)
+        except Unsteady as error:
+            name = error.subject.split("#")[0]
+            left_out[name] = f"failed: {error}"
+            del calls[name]
+            continue
+        guard.verify()
+        wrong = verify_outputs(torch, problem, rotation, outputs, seed)
+        del outputs
+        for name, message in wrong.items():
+            left_out[name.split("#")[0]] = f"failed: {message}"
+        if twin_of in left_out:
+            calls = {name: call for name, call in calls.items() if name not in left_out}
+            continue
+        break
+    samples = {n: s for n, s in samples.items() if n.split("#")[0] not in left_out}
+    messages = [disagreement(regime, name, s) for name, s in samples.items()]
+    return {
+        "problem": problem.id,
+        "aa_subject": twin_of,
+        "samples": {name: vars(s) for name, s in samples.items()},
+        "message": "; ".join(m for m in messages if m) or None,
+        "chosen": kept,
+        "tried": tried,
+        "left_out": left_out,
+    }
+
+
+def work(subjects: list[str]) -> None:
+    """The worker: imports first, measures when the request comes."""
+    reporter = Reporter()
+    import torch
+
+    guard = Guard(torch)
+    from attn_ladder.stage import load
+
+    modules, broken = {}, {}
+    for name in subjects:
+        try:
+            modules[name] = load(name)
+        except Exception as error:
+            broken[name] = explain(error)
+    request = reporter.request()
+    measuring = Measuring(**request["measuring"])
+    gpu = open_gpu()
+    guard.verify()
+    machine = Machine(torch, measuring.flush_l2_factor)
+    machine.calibrate()
+    for entry in request["problems"]:
+        problem = problem_of(entry["problem"])
+        reporter.send(begin=problem.id)
+        needed = entry["subjects"]
+        missing = [name for name in needed if name in broken]
+        if missing:
+            raise MeasureError(f"{missing[0]} cannot be imported: {broken[missing[0]]}")
+        with torch.inference_mode():
+            result = measure_problem(
+                torch,
+                machine,
+                gpu,
+                guard,
+                problem,
+                {name: modules[name] for name in needed},
+                entry["chosen"],
+                request["regime"],
+                measuring,
+                request["seed"],
+            )
+        torch.cuda.empty_cache()
+        reporter.send(result=result)
+
+
+def aa_ratio(results: list[dict[str, Any]]) -> float | None:
+    """Median over the processes' rounds of twin / original, paired by round."""
+    ratios = []
+    for result in results:
+        name = result["aa_subject"]
+        if name is None or name not in result["samples"]:
+            return None
+        pair = (result["samples"][f"{name}#2"]["gpu_us"], result["samples"][name]["gpu_us"])
+        ratios += [twin / original for twin, original in zip(*pair, strict=True)]
+    return statistics.median(ratios) if ratios else None
+
+
+_OPTIONAL = ("energy_mj", "spin_clock_mhz", "calls")
+
+
+def merge(attempt: int, results: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
+    """One attempt of a record from what its processes measured.
+
+    A subject stays only if every process measured it.
+    """
+    names = [n for n in results[0]["samples"] if all(n in r["samples"] for r in results)]
+    samples: dict[str, Any] = {}
+    for name in names:
+        rows = [result["samples"][name] for result in results]
+        merged: dict[str, Any] = {
+            key: [row[key] for row in rows]
+            for key in ("gpu_us", "event_us", "clock_mhz", "power_w", *_OPTIONAL)
+            if key not in _OPTIONAL or any(row[key] for row in rows)
+        }
+        merged["retaken"] = [row["retaken"] for row in rows]
+        merged["kernels"] = rows[0]["kernels"]
+        if rows[0]["launch"] is not None:
+            merged["launch"] = [row["launch"] for row in rows]
+            merged["energy_note"] = next(
+                (row["energy_note"] for row in rows if row["energy_note"]), None
+            )
+        samples[name] = merged
+    ratio = aa_ratio(results)
+    messages = [r["message"] for r in results if r["message"]]
+    for name in names:
+        if any(r["samples"][name]["kernels"] != samples[name]["kernels"] for r in results):
+            messages.append(f"{name} launched different kernels in different processes")
+    if ratio is None:
+        messages.append("no A/A pair was measured in every process")
+    elif abs(ratio - 1) > tolerance:
+        messages.append(f"the A/A pair differs by {abs(ratio - 1):.2%}, more than {tolerance:.2%}")
+    return {
+        "attempt": attempt,
+        "aa_subject": results[0]["aa_subject"],
+        "aa_ratio": None if ratio is None else round(ratio, 5),
+        "ok": not messages,
+        "message": "; ".join(messages) or None,
+        "samples": samples,
+    }
+
+
+def known_choices(run_dir: Path, problem: Problem) -> dict[str, dict[str, Any] | None]:
+    """Configurations chosen for a problem when it was timed spaced, earlier in this run."""
+    for path in sorted((run_dir / "timing").glob("*.spaced.json")):
+        for row in read(path, "timing")["problems"]:
+            if row["problem"]["id"] == problem.id:
+                return dict(row["chosen"])
+    return {}
+
+
+def run(settings: Settings, suite: str, regime: str, out: Path) -> Record:
+    """Time a suite in a regime and write the record. Goes on where an earlier try was stopped."""
+    from attn_profiling.progress import console, progress
+
+    if regime not in REGIMES:
+        raise ValueError(f"{regime=} must be one of {', '.join(REGIMES)}")
+    measuring = settings.measuring
+    problems = settings.suite(suite)
+    subjects = settings.subjects_of(suite)
+    allowed = gate(settings.run_dir, problems, subjects)
+    session = Session(settings, subjects)
+    fields = {p.id: problem_fields(p) for p in problems}
+    hashes = {name: found["kernel_hash"] for name, found in session.subjects.items()}
+    plan = {
+        p.id: Entry(
+            problem=p,
+            subjects=[n for n, reason in allowed[p.id].items() if reason is None],
+            chosen=known_choices(settings.run_dir, p) if regime == "sustained" else {},
+            left_out={n: reason for n, reason in allowed[p.id].items() if reason is not None},
+        )
+        for p in problems
+    }
+    for name, entry in plan.items():
+        if not entry.subjects:
+            raise MeasureError(
+                f"problem {name}: no subject passed the check, so there is nothing to time:"
+                f" {entry.left_out}"
+            )
+    store = Partial(
+        out.parent / ".partial" / f"{suite}.{regime}",
+        lambda p: content_key(
+            session.content,
+            fields[p.id],
+            {**hashes, "regime": regime, "with": ",".join(plan[p.id].subjects)},
+        ),
+    )
+    log = out.parent / ".partial" / f"{suite}.{regime}.log"
+    everyone = sorted({n for entry in plan.values() for n in entry.subjects})
+    pending = problems
+    for attempt in range(1, measuring.max_attempts + 1):
+        results: dict[str, list[dict[str, Any]]] = {p.id: [] for p in pending}
+        title = f"time {suite} {regime}" + (f", attempt {attempt}" if attempt > 1 else "")
+        with (
+            progress(title, len(pending) * measuring.processes) as tell,
+            ExitStack() as workers,
+        ):
+
+            def start() -> Worker:
+                worker = Worker("time", [",".join(everyone)], log, session.environment)  # noqa: B023
+                workers.callback(worker.close)  # noqa: B023
+                return worker
+
+            ready: Worker | None = None
+            for process in range(measuring.processes):
+                todo = []
+                for p in pending:
+                    found = store.get(attempt, process, p)
+                    if found is None:
+                        todo.append(p)
+                    else:
+                        _note(plan[p.id], found)
+                        results[p.id].append(found)
+                        tell(p.id)
+                if not todo:
+                    continue
+                worker = ready or start()
+                ready = start() if process + 1 < measuring.processes else None
+                _measure(
+                    worker, todo, plan, fields, regime, settings, attempt, process, store,
+                    results, tell,
+                )  # fmt: skip
+        for p in pending:
+            plan[p.id].attempts.append(merge(attempt, results[p.id], measuring.aa_tolerance))
+        pending = [p for p in pending if not plan[p.id].attempts[-1]["ok"]]
+        for p in pending:
+            message = plan[p.id].attempts[-1]["message"]
+            console.print(f"{p.id}, attempt {attempt}: {message}", highlight=False, soft_wrap=True)
+        if not pending:
+            break
+    data = {
+        **session.header("timing", suite),
+        "regime": regime,
+        "problems": [
+            {
+                "problem": fields[p.id],
+                "status": "ok" if plan[p.id].attempts[-1]["ok"] else "inconclusive",
+                "chosen": plan[p.id].chosen,
+                "tried": plan[p.id].tried,
+                "left_out": plan[p.id].left_out,
+                "attempts": plan[p.id].attempts,
+            }
+            for p in problems
+        ],
+    }
+    write(out, data, "timing")
+    store.clear()
+    return data
+
+
+def _note(entry: Entry, result: dict[str, Any]) -> None:
+    """Carry what the first process chose, and what any process left out, to the others."""
+    entry.chosen = {**result["chosen"], **entry.chosen}
+    entry.tried = {**result["tried"], **entry.tried}
+    for name, reason in result["left_out"].items():
+        entry.left_out.setdefault(name, reason)
+
+
+def _measure(
+    worker: Worker,
+    todo: list[Problem],
+    plan: dict[str, Entry],
+    fields: dict[str, dict[str, Any]],
+    regime: str,
+    settings: Settings,
+    attempt: int,
+    process: int,
+    store: Partial,
+    results: dict[str, list[dict[str, Any]]],
+    tell: Callable[[str], None],
+) -> None:
+    """Let one worker measure; each result is kept at once."""
+    by_id = {p.id: p for p in todo}
+    current = todo[0].id
+    worker.begin(
+        {
+            "regime": regime,
+            "measuring": settings.measuring_fields,
+            "seed": settings.measuring.seed + 1000 * attempt + process,
+            "problems": [
+                {
+                    "problem": fields[p.id],
+                    "subjects": [n for n in plan[p.id].subjects if n not in plan[p.id].left_out],
+                    "chosen": plan[p.id].chosen,
+                }
+                for p in todo
+            ],
+        }
+    )
+    try:
+        for message in worker.messages(SILENCE_S):
+            if "begin" in message:
+                current = message["begin"]
+                continue
+            result = message["result"]
+            _note(plan[current], result)
+            results[current].append(result)
+            store.put(attempt, process, by_id[current], result)
+            tell(current)
+    except WorkerDied as error:
+        raise MeasureError(
+            f"problem {current}, process {process + 1}: {error}\nWhat was measured before it is"
+            " kept; the same command goes on from there"
+        ) from None
+    finally:
+        worker.close()

@@ -1,0 +1,180 @@
+"""A fresh run against the recorded one, claim by claim.
+
+A claim: how fast a subject is against a peer over a suite in a regime (median over problems of
+paired ratios), or that a subject passes the gate on a suite. Compared is the relative change of
+that ratio, with its 95 % interval: PASS where the whole interval lies within the tolerance, FAIL
+where all of it lies outside, AMBIGUOUS otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attn_profiling.record import Record, read
+from attn_profiling.stats import Replicates, over_problems, ratio_replicates
+
+TOLERANCE = 0.025  # relative change of a ratio; A/A pairs of one machine stay within 0.01
+PEERS = ("fa3", "cudnn")
+VERDICTS = ("PASS", "AMBIGUOUS", "FAIL")
+EXIT_STATUS = {"PASS": 0, "FAIL": 1, "AMBIGUOUS": 3}
+
+
+class NotComparable(ValueError):
+    """Two runs that cannot be compared; the text says why."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One compared claim; `change`, `low`, `high` are relative, -0.05 is 5 % slower."""
+
+    claim: str
+    recorded: str
+    fresh: str
+    change: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+    note: str | None = None
+
+
+def judge(low: float, high: float, tolerance: float) -> str:
+    """PASS, FAIL or AMBIGUOUS for an interval of relative change."""
+    if -tolerance <= low and high <= tolerance:
+        return "PASS"
+    if low > tolerance or high < -tolerance:
+        return "FAIL"
+    return "AMBIGUOUS"
+
+
+def _rows(record: Record) -> dict[str, dict[str, Any]]:
+    """Samples of the last attempt of each conclusive problem."""
+    return {
+        row["problem"]["id"]: row["attempts"][-1]["samples"]
+        for row in record["problems"]
+        if row["status"] == "ok"
+    }
+
+
+def _peer(samples: Iterable[str]) -> str | None:
+    present = set(samples)
+    return next((peer for peer in PEERS if peer in present), None)
+
+
+def compare_timing(fresh: Record, recorded: Record, tolerance: float) -> list[Claim]:
+    """A claim for each subject of a suite and regime that both records time."""
+    ours, theirs = _rows(fresh), _rows(recorded)
+    where = f"{recorded['suite']} {recorded['regime']}"
+    both = [problem for problem in theirs if problem in ours]
+    lost = [problem for problem in theirs if problem not in ours]
+    subjects = {
+        name
+        for problem in both
+        for name in theirs[problem]
+        if "#" not in name and name != _peer(theirs[problem])
+    }
+    claims = []
+    for subject in sorted(subjects):
+        changes: list[Replicates] = []
+        levels: list[tuple[float, float]] = []
+        for problem in both:
+            peer = _peer(theirs[problem])
+            samples = (ours[problem], theirs[problem])
+            if peer is None or any(n not in s for s in samples for n in (subject, peer)):
+                continue
+            now, then = (ratio_replicates(s[subject]["gpu_us"], s[peer]["gpu_us"]) for s in samples)
+            changes.append(now.map(np.divide, then))
+            levels.append((now.value, then.value))
+        claim = f"{subject} against its peer, {where}"
+        if not changes:
+            claims.append(
+                Claim(
+                    claim, "timed", "not timed", None, None, None, "AMBIGUOUS",
+                    "no conclusive problem has it in both runs",
+                )
+            )  # fmt: skip
+            continue
+        interval = over_problems(changes).interval()
+        low, high = interval.low - 1, interval.high - 1
+        verdict, note = judge(low, high, tolerance), f"median of {len(changes)} problems"
+        hashes = [r["subjects"].get(subject, {}).get("kernel_hash") for r in (fresh, recorded)]
+        if hashes[0] != hashes[1]:
+            verdict, note = "AMBIGUOUS", "the recorded kernel is another one (stale); " + note
+        elif lost and verdict == "PASS":
+            verdict, note = "AMBIGUOUS", note + f"; not measured or inconclusive: {', '.join(lost)}"
+        now_level, then_level = (float(np.median(column)) for column in zip(*levels, strict=True))
+        claims.append(
+            Claim(
+                claim, f"{then_level:.3f}", f"{now_level:.3f}",
+                interval.value - 1, low, high, verdict, note,
+            )
+        )  # fmt: skip
+    return claims
+
+
+def compare_check(fresh: Record, recorded: Record) -> list[Claim]:
+    """A claim for each subject of a suite: what passed the gate passes it again."""
+    rows = [
+        {(row["problem"]["id"], row["subject"]): row for row in record["results"]}
+        for record in (fresh, recorded)
+    ]
+    claims = []
+    for subject in dict.fromkeys(name for _, name in rows[1]):
+        passed = [key for key, row in rows[1].items() if key[1] == subject and row["ok"]]
+        if not passed:
+            continue
+        broken = [key for key in passed if key in rows[0] and not rows[0][key]["ok"]]
+        absent = [key for key in passed if key not in rows[0]]
+        verdict = "FAIL" if broken else "AMBIGUOUS" if absent else "PASS"
+        note = None
+        if broken:
+            note = f"{broken[0][0]}: {rows[0][broken[0]]['message']}"
+        elif absent:
+            note = f"not checked: {', '.join(key[0] for key in absent)}"
+        claims.append(
+            Claim(
+                f"{subject} passes the gate, {recorded['suite']}",
+                f"{len(passed)} problems", f"{len(passed) - len(broken) - len(absent)} problems",
+                None, None, None, verdict, note,
+            )
+        )  # fmt: skip
+    return claims
+
+
+def verify(fresh_dir: Path, recorded_dir: Path, tolerance: float = TOLERANCE) -> list[Claim]:
+    """All claims of the recorded run that the fresh run bears on.
+
+    Raises `NotComparable` where the runs are of different GPU models or have nothing in common.
+    """
+    now = read(fresh_dir / "device.json", "device")
+    then = read(recorded_dir / "device.json", "device")
+    if now["content"]["gpu"] != then["content"]["gpu"]:
+        raise NotComparable(
+            f"{fresh_dir} is of {now['content']['gpu']}, {recorded_dir} of"
+            f" {then['content']['gpu']}; compare runs of one GPU model"
+        )
+    claims: list[Claim] = []
+    for kind in ("check", "timing"):
+        for path in sorted((recorded_dir / kind).glob("*.json")):
+            if not (fresh_dir / kind / path.name).is_file():
+                continue
+            records = read(fresh_dir / kind / path.name, kind), read(path, kind)
+            if kind == "check":
+                claims += compare_check(*records)
+            else:
+                claims += compare_timing(*records, tolerance)
+    if not claims:
+        raise NotComparable(
+            f"{fresh_dir} has no suite that {recorded_dir} has; measure one of its suites first"
+        )
+    return claims
+
+
+def overall(claims: Iterable[Claim]) -> str:
+    """The worst verdict."""
+    found = {claim.verdict for claim in claims}
+    return max(found, key=VERDICTS.index)

@@ -1,0 +1,142 @@
+# The GPU rules: what is measured on, what is right, how long it takes, what it costs the host, and what the counters
+# say. Each writes one file of the run; an interrupted one goes on from the partial results beside it.
+from attn_ladder.stage import in_suite, kernel_hash
+
+from attn_profiling import device as found_device
+
+
+def hardware():
+    """GPU and driver of this machine, so that a run that meets others is measured again; None on a head node."""
+    try:
+        gpu = found_device.open_gpu()
+    except found_device.NoGpu:
+        return None
+    return [gpu.name, gpu.driver]
+
+
+def kernels(wildcards):
+    """What runs in a suite: a changed kernel, problem or selection makes its measurements run again."""
+    names = [name for name in PLAN.subjects if in_suite(name, wildcards.suite)]
+    return {name: kernel_hash(name) for name in names}
+
+
+def problems(wildcards):
+    return [str(problem) for problem in PLAN.problems[wildcards.suite]]
+
+
+def checks(wildcards):
+    """The checks that cover a suite: its own, or all of them if it is made of problems of others."""
+    known = config["suites"]["check"]
+    suites = [wildcards.suite] if wildcards.suite in known else known
+    return [f"{RAW}/check/{suite}.json" for suite in suites]
+
+
+def timed(suites):
+    """Spaced timings that choose the configurations of peers; they only come first."""
+    known = config["suites"]["time"]["spaced"]
+    return ancient([f"{RAW}/timing/{suite}.spaced.json" for suite in known if suite in suites])
+
+
+wildcard_constraints:
+    suite="[a-z0-9_]+",
+    regime="spaced|sustained",
+
+
+MEASURE = f"--config {RAW}/config.json --run {RAW}"
+
+
+rule device:
+    input:
+        IMAGE,
+    output:
+        f"{RAW}/device.json",
+    log:
+        f"{RAW}/logs/device.log",
+    resources:
+        gpu=1,
+    params:
+        tool=cmd("attn-profiling", gpu=True),
+        hardware=hardware(),
+        measuring=config["measuring"],
+    shell:
+        "{params.tool} device {MEASURE} --out {output} 2>&1 | tee {log}"
+
+
+rule check:
+    input:
+        f"{RAW}/device.json",
+        IMAGE,
+    output:
+        f"{RAW}/check/{{suite}}.json",
+    log:
+        f"{RAW}/logs/check.{{suite}}.log",
+    resources:
+        gpu=1,
+    params:
+        tool=cmd("attn-profiling", gpu=True),
+        kernels=kernels,
+        problems=problems,
+        measuring=config["measuring"],
+    shell:
+        "{params.tool} check {MEASURE} --suite {wildcards.suite} --out {output} 2>&1 | tee {log}"
+
+
+rule time:
+    input:
+        checks,
+        lambda wildcards: timed([wildcards.suite] if wildcards.regime == "sustained" else []),
+        IMAGE,
+    output:
+        f"{RAW}/timing/{{suite}}.{{regime}}.json",
+    log:
+        f"{RAW}/logs/timing.{{suite}}.{{regime}}.log",
+    resources:
+        gpu=1,
+    params:
+        tool=cmd("attn-profiling", gpu=True),
+        kernels=kernels,
+        problems=problems,
+        measuring=config["measuring"],
+    shell:
+        "{params.tool} time {MEASURE} --suite {wildcards.suite} --regime {wildcards.regime} --out {output}"
+        " 2>&1 | tee {log}"
+
+
+rule host:
+    input:
+        checks,
+        lambda wildcards: timed([wildcards.suite]),
+        IMAGE,
+    output:
+        f"{RAW}/host/{{suite}}.json",
+    log:
+        f"{RAW}/logs/host.{{suite}}.log",
+    resources:
+        gpu=1,
+    params:
+        tool=cmd("attn-profiling", gpu=True),
+        kernels=kernels,
+        problems=problems,
+        measuring=config["measuring"],
+    shell:
+        "{params.tool} host {MEASURE} --suite {wildcards.suite} --out {output} 2>&1 | tee {log}"
+
+
+rule profile:
+    input:
+        checks,
+        timed(config["suites"]["time"]["spaced"]),
+        IMAGE,
+    output:
+        f"{RAW}/ncu/{{suite}}.json",
+    log:
+        f"{RAW}/logs/ncu.{{suite}}.log",
+    resources:
+        gpu=1,
+    params:
+        tool=cmd("attn-profiling", gpu=True, counters=True),
+        kernels=kernels,
+        problems=problems,
+        measuring=config["measuring"],
+    shell:
+        "{params.tool} profile {MEASURE} --suite {wildcards.suite} --out {output} 2>&1 | tee {log}"
