@@ -160,6 +160,42 @@ def profile_command(
     ncu.run(settings.load(config, run), suite, sections, out)
 
 
+@app.command("tidy")
+@_explained
+def tidy_command(
+    raw: Annotated[Path, typer.Option("--raw", help="runs/<id> or measurements/<device>.")],
+    tier: Annotated[str, typer.Option("--tier", help="replay or measure; stamped on all output.")],
+    out_metrics: Annotated[Path, typer.Option("--out-metrics")],
+    out_speedups: Annotated[Path, typer.Option("--out-speedups")],
+    out_provenance: Annotated[Path, typer.Option("--out-provenance")],
+    problems: Annotated[Path, typer.Option("--problems")] = Path("config/problems.tsv"),
+) -> None:
+    """Turn the raw files of a run into metrics.csv, speedups.csv and their provenance."""
+    from attn_profiling import tidy
+
+    tables = tidy.tidy(raw, tier, problems)
+    tidy.write(tables, out_metrics, out_speedups, out_provenance)
+    for left_out in tables.provenance["stale"]:
+        _say(f"stale: {left_out['file']}: {left_out['reason']}")
+    for note in tables.provenance["notes"]:
+        _say(f"note: {note}")
+
+
+@app.command("verdict")
+@_explained
+def verdict_command(
+    metrics: Annotated[Path, typer.Option("--metrics")],
+    speedups: Annotated[Path, typer.Option("--speedups")],
+    provenance: Annotated[Path, typer.Option("--provenance")],
+    constraints: Annotated[Path, typer.Option("--constraints")],
+    out: OutOption,
+) -> None:
+    """Decide the claims of constraints.yaml from the tidy tables."""
+    from attn_profiling import record, verdict
+
+    record.write_text(out, verdict.verdicts(metrics, speedups, provenance, constraints))
+
+
 @app.command("promote")
 @_explained
 def promote_command(

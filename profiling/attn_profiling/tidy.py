@@ -86,12 +86,13 @@ def text(value: Any) -> str:
     return str(value)
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows sorted by every column but the values, as comma-separated text."""
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], sort: bool = True) -> str:
+    """Comma-separated text of rows, sorted unless their order means something."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows(sorted([text(row[c]) for c in columns] for row in rows))
+    cells = [[text(row[c]) for c in columns] for row in rows]
+    writer.writerows(sorted(cells) if sort else cells)
     return out.getvalue()
 
 

@@ -1,0 +1,358 @@
+"""Verdicts on the claims of `config/constraints.yaml`, computed from the tidy tables alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from attn_profiling import record, stats
+from attn_profiling.stats import Interval
+from attn_profiling.tidy import NO_REGIME, csv_text
+
+COLUMNS = (
+    "run",
+    "device",
+    "constraint",
+    "suite",
+    "regime",
+    "subject",
+    "metric",
+    "effect",
+    "ci_low",
+    "ci_high",
+    "threshold",
+    "control",
+    "verdict",
+)
+SUPPORTED, REFUTED = "SUPPORTED", "REFUTED"
+PARTLY, INCONCLUSIVE = "PARTLY", "INCONCLUSIVE"
+POST_HOC = " (post hoc)"
+LEAST = 3
+"""Fewer processes, or problems for a counter, decide nothing."""
+ALL_SUITES = "(all)"
+AA = "A/A"
+"""The control of a ratio of times: the same kernel twice, whose departure from 1 widens its interval."""
+
+Row = dict[str, str]
+
+
+class ConstraintsError(ValueError):
+    """constraints.yaml is wrong; the text names the place."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One claim, with what witnesses it and what would refute it."""
+
+    id: str
+    role: str
+    claim: str
+    witness: dict[str, Any]
+    suites: tuple[str, ...]
+    constraint: str = ""
+    falsifier: str = ""
+    at_least: float | None = None
+    at_most: float | None = None
+    smallest_effect: float = 0.0
+
+    @property
+    def threshold(self) -> float:
+        """The claimed number."""
+        chosen = self.at_least if self.at_least is not None else self.at_most
+        assert chosen is not None
+        return chosen
+
+    @property
+    def by_point(self) -> bool:
+        """Gates and criteria are decided by the point estimate."""
+        return self.role in ("gate", "criterion")
+
+    @property
+    def regime(self) -> str:
+        """The regime it is judged in; counters and host times have none."""
+        default = "spaced" if self.witness["kind"] == "speedup" else NO_REGIME
+        return str(self.witness.get("regime", default))
+
+    @property
+    def metric(self) -> str:
+        """What stands in the column `metric`."""
+        witness = self.witness
+        if witness["kind"] == "speedup":
+            return f"speedup over {witness['peer']}, {witness['problem']}"
+        if witness["kind"] == "measured":
+            return f"{witness['metric']}, {witness['problem']}"
+        reduce = witness.get("reduce", "median")
+        return str(witness["metric"]) + ("" if reduce == "median" else f" ({reduce})")
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """constraints.yaml, checked."""
+
+    constraints: dict[str, dict[str, Any]]
+    hypotheses: tuple[Hypothesis, ...]
+    sha256: str
+
+
+def read_constraints(path: Path) -> Constraints:
+    """Read and check the claims. Raises `ConstraintsError` naming the file and the place."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    schema = json.loads(path.with_name("constraints.schema.json").read_text())
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConstraintsError(f"{path}: not valid YAML: {error}") from None
+    wrong = best_match(Draft202012Validator(schema).iter_errors(data))
+    if wrong is not None:
+        place = "/".join(str(part) for part in wrong.absolute_path) or "(top level)"
+        raise ConstraintsError(f"{path}: at {place}: {wrong.message[:500]}")
+    hypotheses = tuple(
+        Hypothesis(**{**h, "suites": tuple(h["suites"])}) for h in data["hypotheses"]
+    )
+    seen: set[str] = set()
+    for hypothesis in hypotheses:
+        if hypothesis.id in seen:
+            raise ConstraintsError(
+                f"{path}: id={hypothesis.id!r} is used twice; ids must be unique"
+            )
+        seen.add(hypothesis.id)
+        if hypothesis.constraint and hypothesis.constraint not in data["constraints"]:
+            raise ConstraintsError(
+                f"{path}: {hypothesis.id}: constraint={hypothesis.constraint!r} is unknown; known:"
+                f" {', '.join(data['constraints'])}"
+            )
+    for name in data["constraints"]:
+        primary = [h for h in hypotheses if h.constraint == name and h.role == "primary"]
+        if len(primary) != 1:
+            raise ConstraintsError(
+                f"{path}: constraint {name} has {len(primary)} primary hypotheses; it needs one"
+            )
+    sha256 = record.constraints_sha256(path)
+    assert sha256 is not None
+    return Constraints(data["constraints"], hypotheses, sha256)
+
+
+def decide(found: Interval | None, hypothesis: Hypothesis, noise_floor: float = 0.0) -> str:
+    """The verdict that an interval gives on its own. `noise_floor` is relative."""
+    if found is None:
+        return INCONCLUSIVE
+    at_least, threshold = hypothesis.at_least is not None, hypothesis.threshold
+    if hypothesis.by_point:
+        met = found.value >= threshold if at_least else found.value <= threshold
+        return SUPPORTED if met else REFUTED
+    if min(found.n_processes, found.n) < LEAST:
+        return INCONCLUSIVE
+    slack = abs(found.value) * noise_floor
+    low, high = found.low - slack, found.high + slack
+    margin = hypothesis.smallest_effect
+    if low >= threshold if at_least else high <= threshold:
+        return SUPPORTED
+    if high < threshold - margin if at_least else low > threshold + margin:
+        return REFUTED
+    return INCONCLUSIVE
+
+
+def p_value(found: Interval | None, hypothesis: Hypothesis) -> float:
+    """Two-sided p-value of the side on which an interval lies."""
+    if found is None or min(found.n_processes, found.n) < LEAST:
+        return 1.0
+    above = found.p_at_least(hypothesis.threshold)
+    margin = hypothesis.smallest_effect * (1 if hypothesis.at_least is not None else -1)
+    below = found.p_at_most(hypothesis.threshold - margin)
+    if hypothesis.at_least is None:
+        above = found.p_at_least(hypothesis.threshold - margin)
+        below = found.p_at_most(hypothesis.threshold)
+    return min(1.0, 2 * min(above, below))
+
+
+class Evidence:
+    """The tidy tables, looked up by hypothesis."""
+
+    def __init__(self, metrics: Sequence[Row], speedups: Sequence[Row]) -> None:
+        self.metrics: dict[tuple[str, ...], dict[str, float]] = {}
+        for row in metrics:
+            key = tuple(row[c] for c in ("suite", "regime", "subject", "metric", "problem"))
+            self.metrics.setdefault(key, {})[row["statistic"]] = float(row["value"])
+        self.by_metric: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
+        for (suite, regime, subject, metric, problem), values in self.metrics.items():
+            by_problem = self.by_metric.setdefault((suite, regime, subject, metric), {})
+            by_problem[problem] = values
+        keys = ("suite", "regime", "subject", "peer", "problem")
+        self.speedups = {tuple(row[c] for c in keys): row for row in speedups}
+
+    def values(self, suite: str, regime: str, subject: str, metric: str) -> list[float]:
+        """A metric of every problem of a suite."""
+        by_problem = self.by_metric.get((suite, regime, subject, metric), {})
+        return [v.get("value", v.get("median", float("nan"))) for v in by_problem.values()]
+
+    def noise_floor(self, suite: str, regime: str) -> float:
+        """How far the A/A pairs of the conclusive problems of a suite depart from 1."""
+        ratios = [
+            values["median"]
+            for (s, r, subject, metric), by_problem in self.by_metric.items()
+            if (s, r, metric) == (suite, regime, "aa_ratio")
+            for problem, values in by_problem.items()
+            if self.metrics.get((suite, regime, subject, "conclusive", problem), {}).get("value")
+        ]
+        return stats.noise_floor(ratios) if ratios else 0.0
+
+    def interval(self, hypothesis: Hypothesis, suite: str) -> Interval | None:
+        """The effect that a hypothesis speaks of, in one suite; None where it was not measured."""
+        witness, regime = hypothesis.witness, hypothesis.regime
+        subject = witness["subject"]
+        if witness["kind"] == "speedup":
+            row = self.speedups.get((suite, regime, subject, witness["peer"], witness["problem"]))
+            if row is None:
+                return None
+            low, high = float(row["ci_low"]), float(row["ci_high"])
+            processes = int(row["n_processes"])
+            n = int(row["n"])
+            return Interval(float(row["ratio"]), low, high, max(processes - 1, 1), processes, n)
+        if witness["kind"] == "measured":
+            key = (suite, regime, subject, witness["metric"], witness["problem"])
+            values = self.metrics.get(key)
+            if values is None:
+                return None
+            processes = int(values["n_processes"])
+            return Interval(
+                values["median"],
+                values["ci_low"],
+                values["ci_high"],
+                max(processes - 1, 1),
+                processes,
+                int(values["n"]),
+            )
+        found = self.values(suite, regime, subject, witness["metric"])
+        if not found:
+            return None
+        reduce = witness.get("reduce", "median")
+        if reduce == "median":
+            return stats.over_values(found)
+        chosen = min(found) if reduce == "min" else max(found)
+        return Interval(chosen, chosen, chosen, float("inf"), len(found), len(found))
+
+    def control(self, control: Mapping[str, str] | None) -> str:
+        """`passed`, `failed`, `not measured`, or `none` where no control is named.
+
+        The witness must rise from each dose to the next.
+        """
+        if control is None:
+            return "none"
+        doses: dict[int, list[float]] = {}
+        for suite, regime, subject, metric in self.by_metric:
+            name, _, dose = subject.rpartition(".")
+            if (suite, metric, name) == (control["suite"], control["metric"], control["subject"]):
+                doses[int(dose)] = self.values(suite, regime, subject, metric)
+        if len(doses) < LEAST:
+            return "not measured"
+        rising = [stats.replicates([doses[d]]).value for d in sorted(doses)]
+        return "passed" if all(a < b for a, b in pairwise(rising)) else "failed"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a tidy table."""
+    with path.open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def judge(
+    constraints: Constraints,
+    metrics: Sequence[Row],
+    speedups: Sequence[Row],
+    provenance: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """One row for each hypothesis and suite, and one for each constraint over its suites.
+
+    Rows follow the order of constraints.yaml. An effect that was not measured is left blank.
+    """
+    evidence = Evidence(metrics, speedups)
+    post_hoc = "" if provenance["constraints_sha256"] == [constraints.sha256] else POST_HOC
+    controls = {
+        name: evidence.control(constraint["control"])
+        for name, constraint in constraints.constraints.items()
+    }
+    found: dict[tuple[str, str], Interval | None] = {}
+    primary: dict[str, float] = {}
+    for hypothesis in constraints.hypotheses:
+        for suite in hypothesis.suites:
+            interval = evidence.interval(hypothesis, suite)
+            found[(hypothesis.id, suite)] = interval
+            if hypothesis.role == "primary":
+                primary[f"{hypothesis.id} {suite}"] = p_value(interval, hypothesis)
+    adjusted = stats.holm(primary)
+
+    rows: list[dict[str, Any]] = []
+    by_constraint: dict[str, dict[str, str]] = {}
+    for hypothesis in constraints.hypotheses:
+        is_witness = hypothesis.role in ("primary", "witness")
+        is_ratio = hypothesis.witness["kind"] == "speedup"
+        control = controls[hypothesis.constraint] if is_witness else AA if is_ratio else "-"
+        for suite in hypothesis.suites:
+            interval = found[(hypothesis.id, suite)]
+            floor = evidence.noise_floor(suite, hypothesis.regime) if is_ratio else 0.0
+            verdict = decide(interval, hypothesis, floor)
+            name = f"{hypothesis.id} {suite}"
+            if name in adjusted and adjusted[name] >= 1 - stats.LEVEL:
+                verdict = INCONCLUSIVE
+            if is_witness and control != "passed":
+                verdict = INCONCLUSIVE
+            if hypothesis.role == "primary":
+                by_constraint.setdefault(hypothesis.constraint, {})[suite] = verdict
+            rows.append(_row(provenance, hypothesis, suite, interval, control, verdict + post_hoc))
+    for name, verdicts in by_constraint.items():
+        hypothesis = next(
+            h for h in constraints.hypotheses if (h.constraint, h.role) == (name, "primary")
+        )
+        distinct = sorted(set(verdicts.values()))
+        overall = distinct[0]
+        if len(distinct) > 1:
+            overall = f"{PARTLY}: " + ", ".join(f"{v} in {s}" for s, v in verdicts.items())
+        interval = found[(hypothesis.id, hypothesis.suites[0])] if len(verdicts) == 1 else None
+        row = _row(provenance, hypothesis, ALL_SUITES, interval, controls[name], overall + post_hoc)
+        rows.append(row)
+    return rows
+
+
+def _row(
+    provenance: Mapping[str, Any],
+    hypothesis: Hypothesis,
+    suite: str,
+    found: Interval | None,
+    control: str,
+    verdict: str,
+) -> dict[str, Any]:
+    return {
+        "run": provenance["run"],
+        "device": provenance["device"],
+        "constraint": hypothesis.constraint or hypothesis.role,
+        "suite": suite,
+        "regime": hypothesis.regime,
+        "subject": hypothesis.witness["subject"],
+        "metric": hypothesis.metric,
+        "effect": "" if found is None else found.value,
+        "ci_low": "" if found is None else found.low,
+        "ci_high": "" if found is None else found.high,
+        "threshold": hypothesis.threshold,
+        "control": control,
+        "verdict": verdict,
+    }
+
+
+def verdicts(metrics: Path, speedups: Path, provenance: Path, constraints: Path) -> str:
+    """The text of verdicts.csv from the tidy tables and the claims."""
+    rows = judge(
+        read_constraints(constraints),
+        read_rows(metrics),
+        read_rows(speedups),
+        json.loads(provenance.read_text()),
+    )
+    return csv_text(COLUMNS, rows, sort=False)
