@@ -1,27 +1,33 @@
-import os
+import sys
 
 from snakemake.exceptions import WorkflowError
 
-from attn_profiling.workflow import prepare
+from attn_profiling.config import coerced
+from attn_profiling.workflow import asked_for, prepare
 
 
 configfile: "config/config.yaml"
 
 
+ROOT = Path(workflow.basedir)
+config.update(coerced(config, ROOT))
 try:
     PLAN = prepare(
         config,
-        root=Path(workflow.basedir),
-        targets=workflow.dag_settings.targets if workflow.dag_settings else (),
+        root=ROOT,
+        targets=asked_for(sys.argv[1:]),
         main=workflow.exec_mode.name == "DEFAULT",
-        dry=workflow.dryrun,
     )
 except ValueError as error:
     raise WorkflowError(str(error)) from None
 
 
+onstart:
+    PLAN.start()
+
+
 RAW = PLAN.raw  # the folder of raw files: runs/<id> or measurements/<device>
-cmd = PLAN.cmd  # cmd("attn-profiling", gpu=True): the tool, inside the container if there is one
+cmd = PLAN.cmd  # cmd(tool, gpu=True): how a tool starts, natively or in a container
 IMAGE = ancient(PLAN.image)  # an input of every rule that runs a tool
 
 
@@ -34,10 +40,10 @@ include: "paper/paper.smk"
 
 
 rule all:
+    default_target: True
     input:
         RESULTS,
         ["results/main.pdf"] if config["paper"] else [],
-    default_target: True
 
 
 rule results:
@@ -48,6 +54,16 @@ rule results:
 rule measure:
     input:
         PLAN.raw_files,
+
+
+rule verify:
+    log:
+        "results/logs/verify.log",
+    params:
+        tool=cmd("attn-profiling"),
+        run=f"runs/{config['run']}",
+    shell:
+        "{params.tool} verify --run {params.run} 2>&1 | tee {log}"
 
 
 rule container:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from attn_profiling.config import ConfigError, raw_files, validate
+from attn_profiling.config import ConfigError, coerced, raw_files, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
@@ -52,6 +52,20 @@ def test_smoke_is_valid_and_small():
     selection = validate(config, ROOT)
     assert set(selection.problems) == {"smoke"}
     assert "timing/smoke.sustained.json" in raw_files(config)
+
+
+def test_text_of_a_command_line_becomes_what_the_schema_asks_for():
+    given = changed(run=7, paper="false", measuring__rounds="9", measuring__aa_tolerance="0.02")
+    read = coerced(given, ROOT)
+    assert read == changed(run="7", paper=False, measuring__rounds=9, measuring__aa_tolerance=0.02)
+    assert coerced(changed(run="null"), ROOT)["run"] is None
+    assert coerced(DEFAULT, ROOT) == DEFAULT
+
+
+@pytest.mark.parametrize("text", ["nine", "", "[9]", "null"])
+def test_text_that_is_no_number_stays_and_is_refused(text):
+    config = coerced(changed(measuring__rounds=text), ROOT)
+    assert f"measuring.rounds={text!r} must be an integer" in error_of(config)
 
 
 def test_every_key_has_a_comment():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
@@ -31,6 +32,30 @@ class Selection:
 
     subjects: tuple[str, ...]
     problems: Mapping[str, tuple[Problem, ...]]
+
+
+def coerced(config: Config, root: Path) -> dict[str, Any]:
+    """The configuration with numbers, booleans and nulls that a command line gave as text.
+
+    Snakemake reads `--config measuring={rounds: 9}` as text, and `run=7` as a number.
+    """
+    schema = json.loads((root / "config" / "config.schema.json").read_text())
+
+    def convert(value: Any, schema: Mapping[str, Any]) -> Any:
+        if isinstance(value, Mapping):
+            known = schema.get("properties", {})
+            return {key: convert(item, known.get(key, {})) for key, item in value.items()}
+        kinds = schema.get("type", [])
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        if isinstance(value, str) and (value == "null" or "string" not in kinds) and kinds:
+            plain = yaml.safe_load(value)
+            scalar = plain is None or isinstance(plain, bool | int | float)
+            return plain if scalar and (plain is not None or "null" in kinds) else value
+        if isinstance(value, int | float) and not isinstance(value, bool) and "string" in kinds:
+            return str(value)
+        return value
+
+    return dict(convert(config, schema))
 
 
 def suites(config: Config) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,8 @@ from pathlib import Path
 from attn_ladder.problem import Problem
 from attn_profiling import container, device, environment, record
 from attn_profiling.config import Config, ConfigError, raw_files, validate
+
+TARGETS = ("all", "results", "measure", "verify", "container")
 
 
 def pick_tier(config: Config) -> str:
@@ -30,6 +32,11 @@ def pick_tier(config: Config) -> str:
             "use tier=replay to render the recorded run"
         )
     return str(config["tier"])
+
+
+def asked_for(words: Sequence[str]) -> set[str]:
+    """The targets among the words of a command line; Snakemake knows them only later."""
+    return {word for word in words if word in TARGETS or word.startswith(("results/", "runs/"))}
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,14 @@ class Plan:
                 words += [f"--{key}", self.config["container"][key]]
         return " ".join(words)
 
+    def start(self) -> None:
+        """Write what a measuring run was asked to do, before its first job."""
+        path = self.raw / "config.json"
+        settings = {**self.config["container"], "engine": self.engine}
+        text = json.dumps({**self.config, "container": settings}, indent=1, sort_keys=True) + "\n"
+        if self.tier == "measure" and not (path.is_file() and path.read_text() == text):
+            record.write_text(path, text)
+
     def banner(self) -> str:
         """Tier, device, commit and image, as printed first and stamped on what is rendered."""
         if self.engine == "none":
@@ -102,14 +117,6 @@ def _run_id(config: Config) -> str:
     return os.environ.setdefault("ATTN_LADDER_RUN", time.strftime("%Y%m%d-%H%M%S"))
 
 
-def _write_config(plan: Plan) -> None:
-    path = plan.raw / "config.json"
-    resolved = {**plan.config, "container": {**plan.config["container"], "engine": plan.engine}}
-    text = json.dumps(resolved, indent=1, sort_keys=True) + "\n"
-    if not path.is_file() or path.read_text() != text:
-        record.write_text(path, text)
-
-
 def _check_recorded(plan: Plan) -> None:
     if not plan.raw.is_dir():
         there = sorted(path.parent.name for path in Path("measurements").glob("*/device.json"))
@@ -127,9 +134,7 @@ def _check_recorded(plan: Plan) -> None:
         )
 
 
-def prepare(
-    config: Config, root: Path, targets: Collection[str], *, main: bool = True, dry: bool = False
-) -> Plan:
+def prepare(config: Config, root: Path, targets: Collection[str], *, main: bool = True) -> Plan:
     """Validate, decide and announce; in the main process also check what the run will need.
 
     `targets` are those of the command line. Raises `ValueError` before any work is done.
@@ -154,10 +159,13 @@ def prepare(
     if not main:
         return plan
     print(plan.banner(), file=sys.stderr, flush=True)
-    if tier == "replay" and set(targets) != {"container"}:
+    if "verify" in targets and not Path("runs", str(config["run"]), "device.json").is_file():
+        raise ConfigError(
+            f"config: run={config['run']!r} must name the folder of runs/ to compare with the"
+            " recorded run: --config run=<id>"
+        )
+    if tier == "replay" and not set(targets) & {"container", "verify"}:
         _check_recorded(plan)
-    if tier == "measure" and not dry:
-        _write_config(plan)
     wants_pdf = config["paper"] and (not targets or {"all", "results/main.pdf"} & set(targets))
     if wants_pdf and engine == "none":
         missing = environment.missing_tex()
