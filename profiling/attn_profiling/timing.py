@@ -102,6 +102,7 @@ def measure_problem(
     regime: str,
     measuring: Measuring,
     seed: int,
+    device: str = "cuda",
 ) -> dict[str, Any]:
     """Everything one process measures of one problem, as it stands in a partial file.
 
@@ -110,7 +111,7 @@ def measure_problem(
     """
     rng = random.Random(f"{seed} {problem.id}")
     rotation = Rotation(
-        torch, problem, measuring.warmup_rounds + measuring.rounds, rng.getrandbits(31), "cuda"
+        torch, problem, measuring.warmup_rounds + measuring.rounds, rng.getrandbits(31), device
     )
     left_out: dict[str, str] = {}
     kept: dict[str, dict[str, Any] | None] = {}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 REPORT_FD = "ATTN_LADDER_REPORT_FD"
+COMMAND = (sys.executable, "-m", "attn_profiling.cli", "worker")
 
 
 class WorkerDied(RuntimeError):
@@ -55,7 +56,7 @@ class Worker:
         read, write = os.pipe()
         with log.open("ab") as handle:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "attn_profiling.cli", "worker", kind, *arguments],
+                [*COMMAND, kind, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=handle,
                 stderr=subprocess.STDOUT,
