@@ -17,6 +17,7 @@ try:
         root=ROOT,
         targets=asked_for(sys.argv[1:]),
         main=workflow.exec_mode.name == "DEFAULT",
+        remote=workflow.resource_settings.nodes is not None,
     )
 except ValueError as error:
     raise WorkflowError(str(error)) from None

@@ -22,11 +22,14 @@ from attn_profiling.config import Config, ConfigError, raw_files, validate
 TARGETS = ("all", "results", "measure", "verify", "container")
 
 
-def pick_tier(config: Config) -> str:
-    """`measure` or `replay`: what `tier: auto` means on this machine."""
+def pick_tier(config: Config, *, remote: bool = False) -> str:
+    """`measure` or `replay`: what `tier: auto` means on this machine.
+
+    With `remote` the jobs run elsewhere, so a missing GPU here is no error.
+    """
     if config["tier"] == "auto":
         return "measure" if environment.has_gpu() else "replay"
-    if config["tier"] == "measure" and not environment.has_gpu() and "slurm" not in sys.argv:
+    if config["tier"] == "measure" and not remote and not environment.has_gpu():
         raise ConfigError(
             "config: tier='measure' needs an NVIDIA GPU, and nvidia-smi shows none; "
             "use tier=replay to render the recorded run"
@@ -134,13 +137,20 @@ def _check_recorded(plan: Plan) -> None:
         )
 
 
-def prepare(config: Config, root: Path, targets: Collection[str], *, main: bool = True) -> Plan:
+def prepare(
+    config: Config,
+    root: Path,
+    targets: Collection[str],
+    *,
+    main: bool = True,
+    remote: bool = False,
+) -> Plan:
     """Validate, decide and announce; in the main process also check what the run will need.
 
-    `targets` are those of the command line. Raises `ValueError` before any work is done.
+    `targets` are those of the command line; `remote` says that jobs run elsewhere. Raises `ValueError` before any work is done.
     """
     selection = validate(config, root)
-    tier = pick_tier(config)
+    tier = pick_tier(config, remote=remote)
     run = _run_id(config) if tier == "measure" else str(config["device"])
     engine = container.choose(config["container"]["engine"], gpu=tier == "measure")
     head, dirty = device.commit(root)
