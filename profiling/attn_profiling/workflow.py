@@ -147,7 +147,8 @@ def prepare(
 ) -> Plan:
     """Validate, decide and announce; in the main process also check what the run will need.
 
-    `targets` are those of the command line; `remote` says that jobs run elsewhere. Raises `ValueError` before any work is done.
+    `targets` are those of the command line; `remote` says that jobs run elsewhere. Raises
+    `ValueError` before any work is done.
     """
     selection = validate(config, root)
     tier = pick_tier(config, remote=remote)
