@@ -1,5 +1,6 @@
 # `make` sets up the environment and renders (or measures, where there is a GPU); `make test` runs every CPU test.
-# PYTHON names the Python 3.11 or 3.12 to use; LOCK=base|cpu|cuda overrides which lock is installed.
+# PYTHON names the Python 3.11 or 3.12 to use; LOCK=base|cpu|cuda says which lock is installed; ARGS go to Snakemake,
+# PYTEST to pytest.
 
 VENV := .venv
 LOCK := auto
@@ -16,20 +17,20 @@ SNAKEMAKE = $(VENV)/bin/snakemake --cores $(CORES) --workflow-profile config/pro
 
 all:
 	@$(SETUP) --tex need
-	$(SNAKEMAKE)
+	$(SNAKEMAKE) $(ARGS)
 
 results:
 	@$(SETUP)
-	$(SNAKEMAKE) results
+	$(SNAKEMAKE) results $(ARGS)
 
 measure:
-	@$(SETUP) --without-gpu base
-	$(SNAKEMAKE) measure $(if $(RUN),--config run=$(RUN))
+	@$(SETUP)
+	$(SNAKEMAKE) measure --config tier=measure $(if $(RUN),run=$(RUN)) $(ARGS)
 
 verify promote: RUN_GIVEN = $(if $(RUN),,$(error name the run: make $@ RUN=<id>, a folder of runs/))
 verify:
 	@$(RUN_GIVEN)$(SETUP)
-	$(SNAKEMAKE) verify --config run=$(RUN)
+	$(SNAKEMAKE) verify --config run=$(RUN) $(ARGS)
 
 promote:
 	@$(RUN_GIVEN)$(SETUP)
@@ -37,14 +38,14 @@ promote:
 
 container:
 	@$(SETUP)
-	$(SNAKEMAKE) container
+	$(SNAKEMAKE) container $(ARGS)
 
 test:
 	@$(SETUP) --without-gpu cpu --tex try
 	$(VENV)/bin/python -m pytest $(PYTEST)
 
 lint:
-	@$(SETUP) --without-gpu base
+	@$(SETUP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/snakefmt --check Snakefile profiling paper

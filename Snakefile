@@ -27,6 +27,10 @@ onstart:
     PLAN.start()
 
 
+onerror:
+    PLAN.advise()
+
+
 RAW = PLAN.raw  # the folder of raw files: runs/<id> or measurements/<device>
 cmd = PLAN.cmd  # cmd(tool, gpu=True): how a tool starts, natively or in a container
 IMAGE = ancient(PLAN.image)  # an input of every rule that runs a tool

@@ -97,6 +97,11 @@ class Plan:
         if self.tier == "measure" and not (path.is_file() and path.read_text() == text):
             record.write_text(path, text)
 
+    def advise(self) -> None:
+        """Say how to go on after a measuring run that stopped."""
+        if self.tier == "measure":
+            print(f"what was measured is kept; to go on: --config run={self.run}", file=sys.stderr)
+
     def banner(self) -> str:
         """Tier, device, commit and image, as printed first and stamped on what is rendered."""
         if self.engine == "none":
