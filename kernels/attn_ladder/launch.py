@@ -1,0 +1,103 @@
+"""Launching a compiled Gluon kernel with little host time.
+
+Triton's own launch binds and specializes every argument and encodes every tensor map again. Here
+a kernel is compiled once for a fixed signature (so no shape can make it recompile), its tensor maps
+are encoded once for what they describe, and a launch passes cached arguments to the C function
+that Triton generated. Nothing synchronizes and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime import driver
+
+COUNTER_SLOTS = 16384
+COUNTER_INTS = 8  # 32 bytes a slot: the next tile, and how many CTAs are done
+
+
+class Kernel:
+    """A kernel compiled for the current device, from the fields of an `offline.Source`."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        signature: Mapping[str, Any],
+        constexprs: Mapping[str, Any],
+        num_warps: int = 4,
+    ) -> None:
+        names = kernel.arg_names
+        types = {**signature, **dict.fromkeys(constexprs, "constexpr")}
+        values = {(names.index(name),): value for name, value in constexprs.items()}
+        make = GluonASTSource if kernel.is_gluon() else ASTSource
+        source = make(kernel, {name: types[name] for name in names}, values, {})
+        self.compiled = triton.compile(
+            source, target=driver.active.get_current_target(), options={"num_warps": num_warps}
+        )
+        run = self.compiled.run  # loads the kernel on the current device
+        wrapped = inspect.getclosurevars(run.launch).nonlocals
+        self._launch = wrapped.get("launcher", run.launch)
+        self._head = (self.compiled.function, run.launch_cooperative_grid, run.launch_pdl)
+        self._middle = (None, None, self.compiled.packed_metadata, None, None, None)
+        self._maps = self.compiled.metadata.tensordesc_meta or []
+
+    def tensor_map(
+        self, position: int, pointer: int, shape: Sequence[int], strides: Sequence[int]
+    ) -> tuple[Any, ...]:
+        """What the launch wants for the descriptor at `position`: the encoded map and, unused by
+        kernels that only copy with TMA, its shape and strides."""
+        meta = self._maps[position]
+        encoded = driver.active.utils.fill_tma_descriptor(
+            pointer,
+            meta["swizzle"],
+            meta["elem_size"],
+            TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]],
+            meta["block_size"],
+            shape,
+            strides,
+            0,
+        )
+        return (encoded, *shape, *strides)
+
+    def launch(self, grid: int, stream: int, arguments: tuple[Any, ...]) -> None:
+        """Launch `grid` CTAs. Pointers are integers; the device must be current."""
+        self._launch(grid, 1, 1, stream, *self._head, *self._middle, *arguments)
+
+
+_counters: dict[int, tuple[torch.Tensor, dict[int, int], Any]] = {}
+
+
+def tile_counter(device: int, stream: int) -> int:
+    """Address of two zeroed integers that only launches ordered after each other use, or 0.
+
+    A kernel leaves them zeroed, so launches of one stream share a slot. A launch that is captured
+    into a CUDA graph gets a slot of its own for good, since the graph may be replayed on any
+    stream; replays of one graph are ordered. 0, and so a static schedule, if the pool is used up or
+    would have to be allocated under capture.
+    """
+    capturing = torch.cuda.is_current_stream_capturing()
+    if device not in _counters:
+        if capturing:
+            return 0
+        pool = torch.zeros(
+            (COUNTER_SLOTS, COUNTER_INTS), dtype=torch.int32, device=torch.device("cuda", device)
+        )
+        torch.cuda.current_stream(device).synchronize()  # once: any stream may use it from here on
+        _counters[device] = (pool, {}, itertools.count())
+    pool, by_stream, free = _counters[device]
+    slot = None if capturing else by_stream.get(stream)
+    if slot is None:
+        slot = next(free)
+        if slot >= COUNTER_SLOTS:
+            return 0
+        if not capturing:
+            slot = by_stream.setdefault(stream, slot)
+    return pool.data_ptr() + slot * COUNTER_INTS * 4
