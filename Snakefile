@@ -78,7 +78,7 @@ rule container:
 
 rule image:
     input:
-        "docker/Dockerfile",
+        multiext("docker/", "Dockerfile", "packages.sh"),
         "profiling/attn_profiling/environment.py",
         "pyproject.toml",
         expand("requirements/{name}.txt", name=["base", "cuda", "debian"]),
