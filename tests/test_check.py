@@ -181,7 +181,8 @@ for problem in request["problems"]:
     if what == "exit":
         sys.exit(3)
     row = dict(problem=problem, subject=request["subject"], ok=True, status="ok", message=None,
-               max_error=0.1, reference_error=0.1, bound=0.3, lse_error=0.0, heads=None, seconds=1.0)
+               max_error=0.1, reference_error=0.1, bound=0.3, lse_error=0.0, heads=None,
+               seconds=1.0)
     send(result=row)
 """
 

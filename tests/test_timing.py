@@ -360,7 +360,7 @@ def result(ratio=1.0, message=None, kernels=None):
 def test_an_aa_pair_that_differs_fails_the_attempt():
     assert timing.merge(1, [result(), result()], 0.01)["ok"]
     off = timing.merge(1, [result(1.02), result(1.03)], 0.01)
-    assert not off["ok"] and off["aa_ratio"] == 1.025
+    assert not off["ok"] and off["aa_ratio"] == 1.025 and off["aa_subject"] == "fa3#2"
     assert "differs by 2.50%" in off["message"]
 
 
@@ -389,7 +389,7 @@ def test_partial_results_count_under_the_same_conditions_only(tmp_path):
 
 
 class FakeWorker:
-    """Answers for each problem what `answer(worker number, problem)` gives; an exception ends it."""
+    """Gives `answer(worker number, problem)` for each problem; an exception ends it."""
 
     answer = None
     begun: list = []

@@ -125,7 +125,7 @@ def time_command(
             name: statistics.median(us for process in sample["gpu_us"] for us in process)
             for name, sample in last["samples"].items()
         }
-        base = medians.get(last["aa_subject"])
+        base = medians.get(str(last["aa_subject"]).split("#")[0])
         shown = ", ".join(
             f"{name} {us:.1f} µs" + (f" ({base / us:.3f})" if base else "")
             for name, us in medians.items()

@@ -77,7 +77,9 @@ def explain(output: str, version: str | None, where: str) -> str:
             " in a container with --cap-add=SYS_ADMIN, or let an administrator set the driver"
             " option NVreg_RestrictProfilingToAdminUsers=0 (in /etc/modprobe.d) and reload it"
         )
-    match = re.search(r"(?:Failed to find metric|unknown metric[s]?:?)\s+([^\s,]+)", output, re.I)
+    match = re.search(
+        r"(?:Failed to find metric|unknown metrics?:?)\s+(?:regex:)?([^\s,]+)", output, re.I
+    )
     if match:
         return (
             f"{where}: ncu {version} does not know the counter {match.group(1)}; it is named in"

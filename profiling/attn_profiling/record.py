@@ -15,10 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,38 @@ def schema_id(kind: str) -> str:
     return f"attn-ladder/{kind}/{VERSION}"
 
 
+def _wrong_samples(instance: Any, positive: bool) -> Iterator[tuple[str, list[int]]]:
+    """(what is wrong, where) of a list of numbers per process."""
+    for p, process in enumerate(instance):
+        if not isinstance(process, list):
+            yield f"{process!r} is not a list of numbers", [p]
+        elif positive and not process:
+            yield "no sample", [p]
+        else:
+            for i, value in enumerate(process):
+                if value is None and not positive:
+                    continue
+                if type(value) not in (int, float) or not isfinite(value):
+                    yield f"{value!r} is not a finite number", [p, i]
+                elif positive and value <= 0:
+                    yield f"{value!r} is not positive", [p, i]
+
+
 @cache
 def _validator(kind: str) -> Any:
-    from jsonschema import Draft202012Validator
+    from jsonschema import Draft202012Validator, ValidationError, validators
     from referencing import Registry, Resource
+
+    def samples(validator: Any, value: str, instance: Any, schema: Any) -> Iterator[Any]:
+        if isinstance(instance, list):
+            for message, path in _wrong_samples(instance, value == "positive"):
+                yield ValidationError(message, path=path)
 
     folder = files("attn_profiling") / "schemas"
     header = json.loads((folder / "header.json").read_text())
     registry: Any = Registry().with_resource("header.json", Resource.from_contents(header))
-    return Draft202012Validator(
-        json.loads((folder / f"{kind}.json").read_text()), registry=registry
-    )
+    known = validators.extend(Draft202012Validator, {"samples": samples})
+    return known(json.loads((folder / f"{kind}.json").read_text()), registry=registry)
 
 
 def validate(data: Any, kind: str, source: str) -> None:

@@ -268,6 +268,7 @@ def merge(attempt: int, results: list[dict[str, Any]], tolerance: float) -> dict
             )
         samples[name] = merged
     ratio = aa_ratio(results)
+    twin_of = results[0]["aa_subject"]
     messages = [r["message"] for r in results if r["message"]]
     for name in names:
         if any(r["samples"][name]["kernels"] != samples[name]["kernels"] for r in results):
@@ -278,7 +279,7 @@ def merge(attempt: int, results: list[dict[str, Any]], tolerance: float) -> dict
         messages.append(f"the A/A pair differs by {abs(ratio - 1):.2%}, more than {tolerance:.2%}")
     return {
         "attempt": attempt,
-        "aa_subject": results[0]["aa_subject"],
+        "aa_subject": None if twin_of is None else f"{twin_of}#2",
         "aa_ratio": None if ratio is None else round(ratio, 5),
         "ok": not messages,
         "message": "; ".join(messages) or None,

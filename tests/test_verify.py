@@ -1,0 +1,139 @@
+"""A fresh run against the recorded one: the same passes, a planted slow-down does not."""
+
+import json
+
+import pytest
+import synthetic
+from typer.testing import CliRunner
+
+from attn_profiling import verify
+from attn_profiling.cli import app
+from attn_profiling.verify import NotComparable, judge
+
+
+def make(folder, seed, **noise):
+    maker = synthetic.Maker(folder, seed, **noise)
+    maker.device()
+    maker.check("smoke")
+    maker.timing("grid", "spaced")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("recorded"), 1)
+
+
+def verdicts(claims, word="against"):
+    return {c.claim.split()[0]: c.verdict for c in claims if word in c.claim}
+
+
+def test_the_same_truth_passes(recorded, tmp_path):
+    claims = verify.verify(make(tmp_path, 2), recorded)
+    assert set(verdicts(claims).values()) == {"PASS"}
+    assert set(verdicts(claims)) >= {"stage1", "cudnn"} and "fa3" not in verdicts(claims)
+    assert verify.overall(claims) == "PASS"
+
+
+def slowed(folder, subject, factor, problems=lambda name: True):
+    path = folder / "timing" / "grid.spaced.json"
+    data = json.loads(path.read_text())
+    for row in data["problems"]:
+        if problems(row["problem"]["id"]):
+            sample = row["attempts"][-1]["samples"][subject]
+            sample["gpu_us"] = [[us * factor for us in process] for process in sample["gpu_us"]]
+    path.write_text(json.dumps(data))
+    return folder
+
+
+def test_a_planted_slow_down_of_five_percent_is_found(recorded, tmp_path):
+    run = slowed(make(tmp_path, 2), "stage1", 1.05)
+    found = verdicts(verify.verify(run, recorded))
+    assert found.pop("stage1") == "FAIL"
+    assert set(found.values()) == {"PASS"}
+
+
+def test_a_slow_down_that_noise_hides_is_ambiguous_never_a_pass(recorded, tmp_path):
+    run = slowed(make(tmp_path, 2, between=0.05), "stage1", 1.03)
+    assert verdicts(verify.verify(run, recorded))["stage1"] != "PASS"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-0.01, 0.01, "PASS"),
+        (-0.06, -0.04, "FAIL"),
+        (0.03, 0.05, "FAIL"),
+        (-0.03, 0.0, "AMBIGUOUS"),
+        (-0.5, 0.5, "AMBIGUOUS"),
+    ],
+)
+def test_the_interval_decides(low, high, verdict):
+    assert judge(low, high, 0.025) == verdict
+
+
+def test_what_no_longer_passes_the_gate_fails(recorded, tmp_path):
+    run = make(tmp_path, 2)
+    path = run / "check" / "smoke.json"
+    data = json.loads(path.read_text())
+    row = next(r for r in data["results"] if r["subject"] == "stage1")
+    row.update(ok=False, status="failed", message="error 0.1 exceeds 0.01")
+    path.write_text(json.dumps(data))
+    claims = verify.verify(run, recorded)
+    failed = [c for c in claims if c.verdict == "FAIL"]
+    assert [c.claim for c in failed] == ["stage1 passes the gate, smoke"]
+    assert "error 0.1 exceeds 0.01" in failed[0].note
+
+
+def test_another_kernel_is_not_compared_as_the_same(recorded, tmp_path):
+    run = make(tmp_path, 2)
+    path = run / "timing" / "grid.spaced.json"
+    data = json.loads(path.read_text())
+    data["subjects"]["stage1"]["kernel_hash"] = "0" * 16
+    path.write_text(json.dumps(data))
+    claims = {c.claim.split()[0]: c for c in verify.verify(run, recorded)}
+    assert claims["stage1"].verdict == "AMBIGUOUS" and "stale" in claims["stage1"].note
+
+
+def test_problems_that_are_inconclusive_now_do_not_pass(recorded, tmp_path):
+    run = make(tmp_path, 2)
+    path = run / "timing" / "grid.spaced.json"
+    data = json.loads(path.read_text())
+    data["problems"][0]["status"] = "inconclusive"
+    path.write_text(json.dumps(data))
+    claims = [c for c in verify.verify(run, recorded) if c.claim.startswith("stage1 against")]
+    assert (
+        claims[0].verdict == "AMBIGUOUS" and data["problems"][0]["problem"]["id"] in claims[0].note
+    )
+
+
+def test_runs_of_two_gpu_models_are_not_compared(recorded, tmp_path):
+    run = make(tmp_path, 2)
+    path = run / "device.json"
+    data = json.loads(path.read_text())
+    data["content"]["gpu"] = "NVIDIA H200"
+    path.write_text(json.dumps(data))
+    with pytest.raises(NotComparable, match="compare runs of one GPU model"):
+        verify.verify(run, recorded)
+
+
+def test_runs_with_nothing_in_common_are_not_compared(recorded, tmp_path):
+    maker = synthetic.Maker(tmp_path)
+    maker.device()
+    with pytest.raises(NotComparable, match="has no suite that"):
+        verify.verify(tmp_path, recorded)
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.05, 1)])
+def test_the_exit_status_tells(recorded, tmp_path, factor, status):
+    run = slowed(make(tmp_path, 2), "stage1", factor)
+    result = CliRunner().invoke(app, ["verify", "--run", str(run), "--against", str(recorded)])
+    assert result.exit_code == status, result.output
+    assert "stage1 against its peer" in " ".join(result.stdout.split())
+
+
+def test_errors_are_one_line_not_a_trace(tmp_path):
+    result = CliRunner().invoke(app, ["verify", "--run", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "device.json: no such file" in result.stderr.replace("\n", "")
+    assert "Traceback" not in result.output
