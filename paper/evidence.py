@@ -1,0 +1,138 @@
+"""The derived tables of one run, as the paper's scripts look things up in them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attn_ladder import stage
+from attn_ladder.problem import Problem, read_problems
+from attn_profiling import device, model, verdict
+from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, NO_REGIME, REFERENCE_PEER
+
+__all__ = ["BEST", "MEDIAN", "MINIMUM", "NO_REGIME", "REFERENCE_PEER", "Evidence", "Value", "load"]
+
+SHORT = {"fa3": "FA3", "fa4": "FA4", "fa2": "FA2", "cudnn": "cuDNN"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its interval, where it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Evidence:
+    """metrics.csv, speedups.csv, verdicts.csv and provenance.json of one run, and the problems."""
+
+    def __init__(self, results: Path, problems: Path, constraints: Path) -> None:
+        self.provenance: dict[str, Any] = json.loads((results / "provenance.json").read_text())
+        self.problems = read_problems(problems)
+        self.constraints = verdict.read_constraints(constraints)
+        self.verdicts = verdict.read_rows(results / "verdicts.csv")
+        self._metrics: dict[tuple[str, ...], dict[str, float]] = {}
+        for row in verdict.read_rows(results / "metrics.csv"):
+            key = tuple(row[c] for c in ("suite", "problem", "subject", "metric", "regime"))
+            self._metrics.setdefault(key, {})[row["statistic"]] = float(row["value"])
+        self._speedups = {
+            tuple(row[c] for c in ("suite", "problem", "subject", "peer", "regime")): row
+            for row in verdict.read_rows(results / "speedups.csv")
+        }
+        measured = {key[2] for key in self._metrics}
+        self.subjects = [name for name in stage.subjects() if name in measured]
+
+    # -- lookups; None where a thing was not measured
+
+    def metric(
+        self, suite: str, problem: str, subject: str, metric: str, regime: str = NO_REGIME
+    ) -> Value | None:
+        """A metric with its interval."""
+        found = self._metrics.get((suite, problem, subject, metric, regime))
+        if found is None:
+            return None
+        value = found.get("median", found.get("value"))
+        return None if value is None else Value(value, found.get("ci_low"), found.get("ci_high"))
+
+    def speedup(
+        self, suite: str, problem: str, subject: str, peer: str, regime: str = "spaced"
+    ) -> Value | None:
+        """GPU time of the peer over that of the subject."""
+        row = self._speedups.get((suite, problem, subject, peer, regime))
+        if row is None:
+            return None
+        return Value(float(row["ratio"]), float(row["ci_low"]), float(row["ci_high"]))
+
+    def conclusive(self, suite: str, problem: str, regime: str = "spaced") -> bool:
+        """Whether the A/A pair of a problem agreed."""
+        found = [
+            values["value"]
+            for (s, p, _, metric, r), values in self._metrics.items()
+            if (s, p, metric, r) == (suite, problem, "conclusive", regime)
+        ]
+        return all(found)
+
+    def of_kind(self, kind: str) -> list[str]:
+        """The measured subjects of a kind, in the order of the ladder."""
+        known = stage.subjects()
+        return [name for name in self.subjects if known[name].kind == kind]
+
+    @property
+    def top(self) -> str | None:
+        """The highest stage that was measured."""
+        stages = self.of_kind("stage")
+        return stages[-1] if stages else None
+
+    def suite(self, name: str) -> list[Problem]:
+        """The problems of a suite, in file order."""
+        return [p for p in self.problems.values() if name in p.suites]
+
+    def roofline(self, suite: str, problem: Problem, subject: str | None) -> model.Roofline:
+        """The model's times at the clock measured for a subject, at boost where none was read."""
+        known = device.device(self.provenance["device"])
+        clock = None
+        if subject:
+            clock = self.metric(suite, problem.id, subject, "clock_mhz", "spaced")
+        copy = self.provenance["ceilings"]["copy_bytes_per_s"]["value"]
+        mhz = clock.value if clock else float(known.boost_clock_mhz)
+        return model.roofline(problem, known, mhz, copy)
+
+    @property
+    def stamp(self) -> str:
+        """Where the numbers are from, on everything derived."""
+        p = self.provenance
+        dirty = " with local changes" if p["dirty"] else ""
+        image = p["image_digest"] or "none (native)"
+        return (
+            f"tier {p['tier']}, device {p['device']}, run {p['run']}, commit {p['commit'][:12]}"
+            f"{dirty}, image {image}"
+        )
+
+
+def load(results: Path, problems: Path, constraints: Path) -> Evidence:
+    """The evidence in a folder of results."""
+    return Evidence(results, problems, constraints)
+
+
+def label(subject: str) -> str:
+    """What a subject is called in tables."""
+    if subject in SHORT:
+        return SHORT[subject]
+    return f"stage {subject[5:]}" if subject.startswith("stage") else subject.replace("_", " ")
+
+
+def interval(value: Value | None, digits: int = 2) -> str:
+    """A value with its interval as text, `–` where it was not measured."""
+    if value is None:
+        return "–"
+    if value.low is None or value.high is None:
+        return f"{value.value:.{digits}f}"
+    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def number(value: Value | None, digits: int = 0) -> str:
+    """A value as text, `–` where it was not measured."""
+    return "–" if value is None else f"{value.value:.{digits}f}"

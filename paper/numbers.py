@@ -1,0 +1,182 @@
+"""Every number of the paper's prose, as LaTeX macros.
+
+python -m paper.numbers --results results --out paper/generated/numbers.tex
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attn_profiling.record import write_text
+from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, REFERENCE_PEER
+from paper.evidence import Evidence, Value, load
+from paper.tables import GATE, escape
+
+DIGITS = dict(zip("0123456789", ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven",
+                                 "Eight", "Nine"), strict=True))  # fmt: skip
+MISSING = r"\emph{not measured}"
+
+
+def macro(*words: str) -> str:
+    """A macro name from words: `('stage5', 'over', 'fa3')` is `\\StageFiveOverFaThree`."""
+    parts = re.findall(r"[a-z]+|[0-9]", " ".join(words).lower())
+    return "\\" + "".join(DIGITS.get(part, part.capitalize()) for part in parts)
+
+
+def text(value: Value | None, digits: int, unit: str = "") -> str:
+    """A value as LaTeX text; says so where it was not measured."""
+    return MISSING if value is None else f"{value.value:.{digits}f}{unit}"
+
+
+def with_interval(value: Value | None, digits: int) -> str:
+    """A value with its 95 % interval."""
+    if value is None or value.low is None or value.high is None:
+        return text(value, digits)
+    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def _median_of(
+    evidence: Evidence, subject: str, metric: str, suite: str = "profile"
+) -> Value | None:
+    found = [evidence.metric(suite, p.id, subject, metric) for p in evidence.suite(suite)]
+    values = sorted(v.value for v in found if v is not None)
+    return Value(values[len(values) // 2]) if values else None
+
+
+def _verdict(evidence: Evidence, constraint: str) -> str:
+    rows = [r for r in evidence.verdicts if r["constraint"] == constraint]
+    return next(r["verdict"] for r in rows if r["suite"] == "(all)")
+
+
+def _worst(evidence: Evidence, metric: str, regime: str) -> Value | None:
+    found = [
+        evidence.metric("grid", p.id, "fa3", metric, regime)
+        for p in evidence.suite("grid")
+        if evidence.conclusive("grid", p.id, regime)
+    ]
+    off = [abs(v.value - 1) * 100 for v in found if v is not None]
+    return Value(max(off)) if off else None
+
+
+def _count(evidence: Evidence, suite: str, regime: str, wanted: bool) -> str:
+    problems = [
+        p
+        for p in evidence.suite(suite)
+        if any(evidence.metric(suite, p.id, s, "gpu_us", regime) for s in evidence.subjects)
+    ]
+    return str(sum(evidence.conclusive(suite, p.id, regime) == wanted for p in problems))
+
+
+def _event_gap(evidence: Evidence, subjects: Sequence[str]) -> Value | None:
+    gaps = []
+    for problem in evidence.suite("grid"):
+        for name in subjects:
+            event = evidence.metric("grid", problem.id, name, "event_us", "spaced")
+            gpu = evidence.metric("grid", problem.id, name, "gpu_us", "spaced")
+            if event and gpu:
+                gaps.append(event.value - gpu.value)
+    gaps.sort()
+    return Value(gaps[len(gaps) // 2]) if gaps else None
+
+
+def numbers(evidence: Evidence) -> dict[str, str]:
+    """Macro names and their LaTeX text."""
+    found: dict[str, str] = {}
+    provenance, content = evidence.provenance, evidence.provenance["content"]
+    measuring = content["measuring"]
+    top = evidence.top or "stage5"
+
+    def put(text_of: str, *words: str) -> None:
+        found[macro(*words)] = text_of
+
+    put(escape(evidence.stamp), "stamp")
+    put(escape(content["gpu"]), "gpu")
+    put(escape(provenance["run"]), "run id")
+    put(escape(provenance["commit"][:12]), "commit")
+    put(escape(provenance["image_digest"] or "none (native)"), "image")
+    put(escape(provenance["started"][:10]), "started")
+    for name in ("driver", "cuda", "torch", "triton", "ncu"):
+        put(escape(str(content[name] or "absent")), name, "version")
+    for name in ("processes", "rounds", "gap_us", "max_attempts", "host_calls"):
+        put(f"{measuring[name]:g}" if name in measuring else MISSING, "measuring", name)
+    put(f"{100 * measuring.get('aa_tolerance', 0.01):g}", "measuring tolerance percent")
+    put(str(len(evidence.suite("grid"))), "grid problems")
+    put(evidence.top[-1] if evidence.top else "--", "top stage")
+    for regime in ("spaced", "sustained"):
+        put(_count(evidence, "grid", regime, True), "conclusive", regime)
+        put(_count(evidence, "grid", regime, False), "inconclusive", regime)
+        put(text(_worst(evidence, "aa_ratio", regime), 2), "aa worst", regime)
+        for peer in (REFERENCE_PEER, "cudnn", "fa4", BEST):
+            for name, word in ((MEDIAN, "median"), (MINIMUM, "least")):
+                ratio = evidence.speedup("grid", name, top, peer, regime)
+                put(with_interval(ratio, 3), "top over", peer, word, regime)
+    fp16 = evidence.speedup("grid_fp16", MEDIAN, top, "cudnn")
+    put(with_interval(fp16, 3), "top over cudnn half median")
+    for name in [*evidence.of_kind("stage"), *evidence.of_kind("peer")]:
+        put(text(evidence.metric("gate", GATE, name, "tflops", "spaced"), 0), name, "gate tflops")
+        put(with_interval(evidence.speedup("gate", GATE, name, "fa3"), 3), name, "gate ratio")
+        gpu = evidence.metric("gate", GATE, name, "timed_kernels", "spaced")
+        put(text(gpu, 0), name, "kernels")
+    put(text(evidence.metric("gate", GATE, top, "timed_kernels", "spaced"), 0), "top kernels")
+    for stage_number in (2, 3, 4, 5):
+        name, before = f"stage{stage_number}", f"stage{stage_number - 1}"
+        for suite in ("gate", "grid"):
+            put(
+                with_interval(evidence.speedup(suite, MEDIAN, name, before), 3), name, "gain", suite
+            )
+    for metric in ("inactive_threads", "predicated_off", "idle_sm_cycles", "stall_barrier",
+                   "samples_cta_barrier", "samples_named_barrier", "samples_wgmma",
+                   "samples_mbarrier", "cta_barrier_cycles", "named_barrier_cycles",
+                   "stall_memory", "samples_memory", "tensor_pipe", "dram_throughput",
+                   "masked_work", "issue_slots", "xu_pipe"):  # fmt: skip
+        digits = 2 if metric.startswith(("inactive", "samples_cta")) else 1
+        for name in ("fa3", top):
+            who = "top" if name == top else name
+            put(text(_median_of(evidence, name, metric), digits), who, metric)
+    for metric, digits in (("eager_host_us", 0), ("eager_latency_us", 0), ("graph_latency_us", 0)):
+        for name in ("fa3", "cudnn", top):
+            who = "top" if name == top else name
+            put(text(evidence.metric("gate", "gate-b1", name, metric), digits), who, metric)
+    for name in ("fa3", "stage3", top):
+        who = "top" if name == top else name
+        for metric in ("launch_share", "launch_share_graph"):
+            put(text(evidence.metric("gate", "gate-b32", name, metric), 1), who, metric)
+        eager = evidence.metric("gate", "gate-b32", name, "per_sequence_eager")
+        gpu = evidence.metric("gate", "gate-b32", name, "per_sequence_gpu", "spaced")
+        put(text(eager, 2), who, "per sequence eager")
+        put(text(gpu, 2), who, "per sequence gpu")
+    put(text(_event_gap(evidence, evidence.subjects), 1), "event gap")
+    for name in evidence.constraints.constraints:
+        put(_verdict(evidence, name).lower(), "verdict", name)
+    for name, unit in (("copy_bytes_per_s", 1e12), ("bf16_matmul_flops_per_s", 1e12)):
+        value = provenance["ceilings"][name]["value"] / unit
+        put(f"{value:.2f}" if value < 100 else f"{value:.0f}", "ceiling", name.split("_")[0])
+    put(evidence.constraints.sha256[:16], "constraints hash")
+    confirmatory = provenance["constraints_sha256"] == [evidence.constraints.sha256]
+    put("confirmatory" if confirmatory else "post hoc", "confirmatory")
+    put(str(len(provenance["stale"])), "stale count")
+    return found
+
+
+def render(found: dict[str, str]) -> str:
+    """The macros as LaTeX source, sorted."""
+    return "".join(f"\\newcommand{{{name}}}{{{found[name]}}}\n" for name in sorted(found))
+
+
+def main(
+    out: Annotated[Path, typer.Option("--out")],
+    results: Annotated[Path, typer.Option("--results")] = Path("results"),
+    problems: Annotated[Path, typer.Option("--problems")] = Path("config/problems.tsv"),
+    constraints: Annotated[Path, typer.Option("--constraints")] = Path("config/constraints.yaml"),
+) -> None:
+    """Write numbers.tex."""
+    write_text(out, render(numbers(load(results, problems, constraints))))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,751 @@
+"""LaTeX tables of the paper and the headline table of the README, from the derived tables.
+
+python -m paper.tables latex --results results --out paper/generated
+python -m paper.tables model --results results --out results/model.csv
+python -m paper.tables readme --results results --write | --check
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attn_ladder import stage
+from attn_ladder.problem import Problem
+from attn_profiling import metrics, model
+from attn_profiling.record import write_text
+from attn_profiling.tidy import csv_text
+from paper.evidence import (
+    BEST,
+    MEDIAN,
+    MINIMUM,
+    REFERENCE_PEER,
+    Evidence,
+    Value,
+    interval,
+    label,
+    load,
+    number,
+)
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+ResultsOption = Annotated[Path, typer.Option("--results")]
+ProblemsOption = Annotated[Path, typer.Option("--problems")]
+ConstraintsOption = Annotated[Path, typer.Option("--constraints")]
+RESULTS, PROBLEMS = Path("results"), Path("config/problems.tsv")
+CONSTRAINTS = Path("config/constraints.yaml")
+
+GATE = "gate-b16"
+BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
+PUBLISHED = Path(__file__).with_name("published.csv")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of plain text under a header; `note` says what the reader must know."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    rules: frozenset[int] = frozenset()
+    """Rows before which a rule is drawn."""
+    align: str = ""
+
+
+_LATEX = {
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "–": "--",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "×": r"$\times$",
+    "µ": r"\textmu{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "†": r"$^\dagger$",
+}
+
+
+def escape(text: str) -> str:
+    """Text as LaTeX source."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def latex(table: Table, stamp: str) -> str:
+    """A booktabs tabular with the stamp below."""
+    width = len(table.header)
+    lines = [rf"\begin{{tabular}}{{@{{}}{table.align or 'l' * width}@{{}}}}", r"\toprule"]
+    lines.append(" & ".join(escape(cell) for cell in table.header) + r" \\")
+    for n, row in enumerate(table.rows):
+        if n == 0 or n in table.rules:
+            lines.append(r"\midrule")
+        lines.append(" & ".join(escape(cell) for cell in row) + r" \\")
+    if not table.rows:
+        lines += [r"\midrule", rf"\multicolumn{{{width}}}{{c}}{{not measured in this run}} \\"]
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    note = f"{table.note} " if table.note else ""
+    lines.append(rf"\par\smallskip{{\scriptsize {escape(note)}\textit{{{escape(stamp)}}}\par}}")
+    return "\n".join(lines) + "\n"
+
+
+def _dagger(evidence: Evidence, suite: str, problem: Problem, regime: str = "spaced") -> str:
+    return "" if evidence.conclusive(suite, problem.id, regime) else "†"
+
+
+def shape(problem: Problem) -> list[str]:
+    """Head dimension, mask and sequence length as cells."""
+    return [str(problem.headdim), "causal" if problem.causal else "full", str(problem.seqlen_q)]
+
+
+def _grid_rules(problems: Sequence[Problem]) -> frozenset[int]:
+    keys = [(p.headdim, p.causal) for p in problems]
+    return frozenset(n for n in range(1, len(keys)) if keys[n] != keys[n - 1])
+
+
+INCONCLUSIVE_NOTE = "† the A/A pair was off in every attempt: inconclusive, left out of medians."
+
+
+def grid(evidence: Evidence, suite: str = "grid") -> Table:
+    """TFLOPS of every peer and the top stage, and the top stage's ratios with intervals."""
+    top = evidence.top or "stage5"
+    peers = [p for p in ("fa3", "cudnn", "fa4", "fa2") if p in evidence.subjects]
+    if suite == "grid_fp16":
+        peers = [p for p in peers if p in ("cudnn", "fa2")]
+    against = [p for p in peers if p != "fa2"]
+    problems = evidence.suite(suite)
+    rows = []
+    for problem in problems:
+
+        def tflops(subject: str, p: Problem = problem) -> str:
+            return number(evidence.metric(suite, p.id, subject, "tflops", "spaced"))
+
+        cells = [tflops(s) for s in (*peers, top)]
+        ratios = [interval(evidence.speedup(suite, problem.id, top, p)) for p in against]
+        if suite == "grid":
+            sustained = evidence.speedup(suite, problem.id, top, REFERENCE_PEER, "sustained")
+            ratios.append(number(sustained, 2) + _dagger(evidence, suite, problem, "sustained"))
+        rows.append([*shape(problem), *cells, *ratios])
+        rows[-1][2] += _dagger(evidence, suite, problem)
+    for name, word in ((MEDIAN, "median"), (MINIMUM, "smallest")):
+        ratios = [interval(evidence.speedup(suite, name, top, p)) for p in against]
+        if suite == "grid":
+            found = evidence.speedup(suite, name, top, REFERENCE_PEER, "sustained")
+            ratios.append(number(found, 2))
+        rows.append(["", word, "", *[""] * (len(peers) + 1), *ratios])
+    header = ["d", "mask", "seqlen", *[label(s) for s in (*peers, top)]]
+    header += [f"over {label(p)}" for p in against]
+    header += ["sustained"] if suite == "grid" else []
+    return Table(
+        header,
+        rows,
+        f"TFLOPS as the FA3 paper counts them; {label(top)} over each peer with 95 % intervals,"
+        f" spaced launches; sustained: over FA3, back to back. {INCONCLUSIVE_NOTE}",
+        _grid_rules(problems) | {len(problems)},
+        "rlr" + "r" * (len(header) - 3),
+    )
+
+
+_PLAN_TFLOPS = {"stage2": "110", "stage3": "140", "stage4": "180", "stage5": "210-260"}
+
+
+def _gate_of(evidence: Evidence, subject: str) -> float | None:
+    for h in evidence.constraints.hypotheses:
+        if h.role == "gate" and h.witness.get("peer") == "fa3" and h.witness["subject"] == subject:
+            return h.threshold
+    return None
+
+
+def ladder(evidence: Evidence) -> Table:
+    """The stages on the gate problem, against their gates and the model's ceiling."""
+    problem = evidence.problems[GATE]
+    fa3 = evidence.metric("gate", GATE, "fa3", "gpu_us", "spaced")
+    rows = []
+    for name in [*evidence.of_kind("stage"), *evidence.of_kind("variant"), "fa3", "fa4", "cudnn"]:
+        if name not in evidence.subjects:
+            continue
+        ratio = evidence.speedup("gate", GATE, name, "fa3")
+        gate = _gate_of(evidence, name)
+        before = None
+        if name.startswith("stage") and name != "stage1":
+            before = evidence.speedup("gate", GATE, name, f"stage{int(name[5:]) - 1}")
+        ceiling = evidence.roofline("gate", problem, name).overlapped_us
+        met = "" if gate is None or ratio is None else "yes" if ratio.value >= gate else "no"
+        rows.append(
+            [
+                label(name),
+                stage.subject(name).removes or "",
+                number(evidence.metric("gate", GATE, name, "tflops", "spaced")),
+                interval(ratio, 3),
+                "" if gate is None else f"{gate:.2f}",
+                met,
+                f"{fa3.value / ceiling:.2f}" if fa3 else "–",
+                interval(before, 3) if before else "",
+                _PLAN_TFLOPS.get(name, ""),
+            ]
+        )
+    stages = len(evidence.of_kind("stage"))
+    return Table(
+        ["", "removes", "TFLOPS", "over FA3", "gate", "met", "ceiling", "over the one before",
+         "plan TFLOPS"],
+        rows,
+        "Gate problem: batch 16, 16 heads, seqlen 2048, headdim 64, causal, bf16, spaced. Ceiling:"
+        " the ratio that the model's overlapped time would give at the measured clock.",
+        frozenset({stages}),
+        "llrrrlrrr",
+    )  # fmt: skip
+
+
+def which_fa3(evidence: Evidence) -> Table:
+    """What exactly the peers are."""
+    rows = []
+    packages = evidence.provenance["packages"]
+    for name in evidence.of_kind("peer"):
+        found = evidence.provenance["subjects"].get(name, {})
+        distribution = stage.subject(name).distribution or ""
+        wheel = found.get("wheel_sha256") or found.get("record_sha256")
+        rows.append(
+            [
+                stage.subject(name).title,
+                distribution,
+                str(found.get("version") or packages.get(distribution, "–")),
+                f"{wheel[:16]}" if wheel else "–",
+                str(found.get("compiler") or "–"),
+            ]
+        )
+    content = evidence.provenance["content"]
+    for name in ("torch", "triton", "cuda", "driver", "ncu"):
+        rows.append([name, "", str(content[name] or "absent"), "", ""])
+    peers = len(evidence.of_kind("peer"))
+    return Table(
+        ["peer", "package", "version", "sha256", "compiler"],
+        rows,
+        "sha256: of the wheel where pip kept it, else of its list of files (first 16 digits). The"
+        " wheel of FA3 names no upstream commit.",
+        frozenset({peers}),
+    )
+
+
+def published(evidence: Evidence) -> Table:
+    """Published FA3 figures beside ours on the same shapes."""
+    with PUBLISHED.open(newline="") as handle:
+        known = {
+            (int(r["headdim"]), r["causal"] == "1", int(r["seqlen"])): r["fa3_tflops"]
+            for r in csv.DictReader(handle)
+        }
+    rows = []
+    problems = evidence.suite("grid")
+    for problem in problems:
+        there = known.get((problem.headdim, problem.causal, problem.seqlen_q), "–")
+        here = [
+            evidence.metric("grid", problem.id, "fa3", "tflops", r) for r in ("spaced", "sustained")
+        ]
+        ratio = (
+            f"{here[1].value / float(there):.2f}" if here[1] is not None and there != "–" else "–"
+        )
+        rows.append([*shape(problem), there, number(here[0]), number(here[1]), ratio])
+    return Table(
+        ["d", "mask", "seqlen", "published fp16", "spaced bf16", "sustained bf16",
+         "sustained / published"],
+        rows,
+        "Published: labels of the bars in figure 5 of the FA3 paper (forward, fp16, H100 SXM5); the"
+        " label of headdim 128, full, 512 could not be read with certainty.",
+        _grid_rules(problems),
+        "rlrrrrr",
+    )  # fmt: skip
+
+
+def _number_of(text: str, digits: int) -> str:
+    return f"{float(text):.{digits}f}" if text else "–"
+
+
+def _verdict_cells(row: dict[str, str]) -> list[str]:
+    digits = 2 if "speedup" in row["metric"] or float(row["threshold"]) < 10 else 1
+    low, high = (_number_of(row[c], digits) for c in ("ci_low", "ci_high"))
+    return [
+        _number_of(row["effect"], digits),
+        f"[{low}, {high}]" if row["ci_low"] else "–",
+    ]
+
+
+def verdict_rows(evidence: Evidence, roles: Sequence[str]) -> list[list[str]]:
+    """The rows of verdicts.csv for hypotheses of some roles, with claim and direction."""
+    rows = []
+    table = iter(evidence.verdicts)
+    for hypothesis in evidence.constraints.hypotheses:
+        for suite in hypothesis.suites:
+            row = next(table)
+            if hypothesis.role not in roles:
+                continue
+            sign = "≥" if hypothesis.at_least is not None else "≤"
+            rows.append(
+                [
+                    hypothesis.constraint or hypothesis.id,
+                    hypothesis.claim,
+                    suite,
+                    *_verdict_cells(row),
+                    f"{sign} {hypothesis.threshold:g}",
+                    row["control"],
+                    row["verdict"],
+                ]
+            )
+    return rows
+
+
+def constraints(evidence: Evidence) -> Table:
+    """One row for each constraint: what the plan says, what was found, the verdict."""
+    rows = []
+    for name, constraint in evidence.constraints.constraints.items():
+        overall = next(
+            r for r in evidence.verdicts if r["constraint"] == name and r["suite"] == "(all)"
+        )
+        primary = next(
+            h
+            for h in evidence.constraints.hypotheses
+            if (h.constraint, h.role) == (name, "primary")
+        )
+        sign = "≥" if primary.at_least is not None else "≤"
+        removed = constraint["removed_by"]
+        before = f"stage{int(removed[5:]) - 1}"
+        gain = evidence.speedup("gate", MEDIAN, removed, before)
+        rows.append(
+            [
+                name,
+                overall["metric"],
+                " ".join(_verdict_cells(overall)),
+                f"{sign} {primary.threshold:g}",
+                interval(gain),
+                overall["control"],
+                overall["verdict"],
+            ]
+        )
+    return Table(
+        ["constraint", "primary witness in FA3", "found", "claimed", "gain of its stage",
+         "control", "verdict"],
+        rows,
+        "Gain: GPU time of the stage before over that of the stage that removes the constraint,"
+        " median of the gate problems.",
+        align="llllllll"[:7],
+    )  # fmt: skip
+
+
+def verdicts(evidence: Evidence) -> Table:
+    """Every hypothesis about the constraints."""
+    rows = verdict_rows(evidence, ("primary", "witness", "ablation"))
+    return Table(
+        ["", "claim", "suite", "found", "interval", "claimed", "control", "verdict"],
+        rows,
+        align="lp{0.36\\linewidth}llllll",
+    )
+
+
+def criteria(evidence: Evidence) -> Table:
+    """Gates and success criteria."""
+    rows = [
+        [*row[1:5], row[5], "met" if row[7].startswith("SUPPORTED") else "not met"]
+        if row[3] != "–"
+        else [*row[1:5], row[5], "not measured"]
+        for row in verdict_rows(evidence, ("gate", "criterion"))
+    ]
+    return Table(
+        ["claim", "suite", "found", "interval", "set", ""],
+        rows,
+        "Decided by the point estimate, as they were set.",
+        align="p{0.52\\linewidth}lllll",
+    )
+
+
+WITNESSES = (
+    "inactive_threads",
+    "predicated_off",
+    "branch_uniformity",
+    "masked_work",
+    "kernels_per_call",
+    "idle_sm_cycles",
+    "stall_barrier",
+    "samples_cta_barrier",
+    "samples_named_barrier",
+    "samples_wgmma",
+    "samples_mbarrier",
+    "cta_barriers",
+    "named_barriers",
+    "mbarrier_waits",
+    "stall_memory",
+    "samples_memory",
+    "stall_shared",
+    "tensor_pipe",
+    "xu_pipe",
+    "fma_pipe",
+    "alu_pipe",
+    "issue_slots",
+    "dram_throughput",
+    "dram_excess",
+    "l2_hit_rate",
+    "registers",
+    "spill_instructions",
+    "occupancy",
+    "profiled_clock",
+)
+
+
+def _profiled(evidence: Evidence) -> list[str]:
+    return [s for s in evidence.subjects if stage.subject(s).kind in ("stage", "peer")]
+
+
+def witnesses(evidence: Evidence, problem: str = GATE) -> Table:
+    """The witnesses of one profiled problem, for every subject."""
+    names = _profiled(evidence)
+    rows = []
+    for metric in WITNESSES:
+        found = metrics.BY_ID[metric]
+        cells = []
+        for name in names:
+            value = evidence.metric("profile", problem, name, metric)
+            digits = 0 if value is not None and value.value >= 100 else 1
+            cells.append(number(value, digits))
+        unit = "" if found.unit == "1" else f" ({found.unit})"
+        rows.append([found.witness or "", found.title + unit, *cells])
+    rules = frozenset(n for n in range(1, len(rows)) if rows[n][0] != rows[n - 1][0])
+    shown = [[row[0] if not n or n in rules else "", *row[1:]] for n, row in enumerate(rows)]
+    return Table(
+        ["", "counter", *[label(n) for n in names]],
+        shown,
+        f"Problem {problem}. Barriers: warps per visible 128×128 score tile.",
+        rules,
+        "ll" + "r" * len(names),
+    )
+
+
+def stalls(evidence: Evidence, problem: str = GATE) -> Table:
+    """The whole stall breakdown: warp cycles per issued instruction."""
+    names = _profiled(evidence)
+    rows = []
+    for reason, title in metrics.STALLS.items():
+        cells = [
+            number(evidence.metric("profile", problem, n, f"stall_cycles_{reason}"), 2)
+            for n in names
+        ]
+        rows.append([reason.replace("_", " "), title, *cells])
+    sums = []
+    for name in names:
+        parts = [
+            evidence.metric("profile", problem, name, f"stall_cycles_{r}") for r in metrics.STALLS
+        ]
+        whole = None if None in parts else Value(sum(p.value for p in parts if p is not None))
+        sums.append(number(whole, 2))
+    rows.append(["sum", "", *sums])
+    total = [number(evidence.metric("profile", problem, n, "stall_cycles_total"), 2) for n in names]
+    rows.append(["as ncu sums them", "", *total])
+    return Table(
+        ["reason", "", *[label(n) for n in names]],
+        rows,
+        f"Problem {problem}: warp cycles per issued instruction.",
+        frozenset({len(metrics.STALLS)}),
+        "ll" + "r" * len(names),
+    )
+
+
+def host(evidence: Evidence) -> Table:
+    """What a call costs the host, and its latency."""
+    rows = []
+    for name in _profiled(evidence):
+        cells = []
+        for metric, problem in (
+            ("eager_host_us", "gate-b1"),
+            ("fresh_pointer_host_us", "gate-b1"),
+            ("eager_latency_us", "gate-b1"),
+            ("graph_latency_us", "gate-b1"),
+            ("eager_latency_us", "gate-b32"),
+            ("graph_latency_us", "gate-b32"),
+            ("launch_share", "gate-b32"),
+        ):
+            cells.append(number(evidence.metric("gate", problem, name, metric), 1))
+        for metric, regime in (("per_sequence_eager", "-"), ("per_sequence_gpu", "spaced")):
+            cells.append(number(evidence.metric("gate", "gate-b32", name, metric, regime), 2))
+        rows.append([label(name), *cells])
+    return Table(
+        ["", "host", "fresh", "eager", "graph", "eager 32", "graph 32", "not GPU %",
+         "per seq. eager", "per seq. GPU"],
+        rows,
+        "Medians in µs on the gate problem. Host: issuing a call at batch 1, with reused and with"
+        " fresh pointers. Latency of one call at batch 1 and 32, eager and in a CUDA graph; the"
+        " part of the eager latency at batch 32 that is not GPU time; time per sequence at batch 1"
+        " over that at batch 32 (the plan: 5 to 6).",
+        align="l" + "r" * 9,
+    )  # fmt: skip
+
+
+def regimes(evidence: Evidence) -> Table:
+    """Clock, power and energy in both regimes."""
+    rows = []
+    top = evidence.top or "stage5"
+    problems = evidence.suite("grid")
+    for problem in problems:
+        cells = []
+        for name in ("fa3", top):
+            for regime in ("spaced", "sustained"):
+                found = evidence.metric("grid", problem.id, name, "clock_mhz", regime)
+                cells.append(number(found))
+            cells.append(number(evidence.metric("grid", problem.id, name, "power_w", "sustained")))
+            energy = evidence.metric("grid", problem.id, name, "energy_mj", "sustained")
+            cells.append(number(energy, 1))
+        rows.append([*shape(problem), *cells])
+    header = ["d", "mask", "seqlen"]
+    for name in ("fa3", top):
+        header += [f"{label(name)} MHz", "sust. MHz", "W", "mJ/call"]
+    return Table(
+        header,
+        rows,
+        "Medians of NVML readings; power and energy in the sustained regime.",
+        _grid_rules(problems),
+        "rlr" + "r" * 8,
+    )
+
+
+def roofline(evidence: Evidence) -> Table:
+    """The model beside the measurement on the grid."""
+    top = evidence.top or "stage5"
+    rows = []
+    problems = evidence.suite("grid")
+    for problem in problems:
+        found = evidence.roofline("grid", problem, top)
+        measured = [
+            evidence.metric("grid", problem.id, s, "gpu_us", "spaced") for s in ("fa3", top)
+        ]
+        shares = [
+            "–" if m is None else f"{100 * found.overlapped_us / m.value:.0f}" for m in measured
+        ]
+        rows.append(
+            [
+                *shape(problem),
+                *(f"{us:.0f}" for us in found.resources.values()),
+                f"{found.tail_us + found.launch_us:.0f}",
+                f"{found.overlapped_us:.0f}",
+                *(number(m) for m in measured),
+                *shares,
+                found.limit,
+            ]
+        )
+    return Table(
+        ["d", "mask", "seqlen", "tensor", "MUFU", "issue", "shared", "DRAM", "ends", "least",
+         "FA3", label(top), "FA3 %", f"{label(top)} %", "limit"],
+        rows,
+        f"Microseconds at the clock measured for {label(top)}. Least: the busiest resource plus"
+        " launch and tail; %: least over measured.",
+        _grid_rules(problems),
+        "rlr" + "r" * 11 + "l",
+    )  # fmt: skip
+
+
+def checks(evidence: Evidence) -> Table:
+    """How many problems each subject gets right, and the worst error against its bound."""
+    rows = []
+    for name in _profiled(evidence):
+        cells = []
+        worst = 0.0
+        for suite in ("grid", "grid_fp16", "gate", "smoke"):
+            found = [evidence.metric(suite, p.id, name, "correct") for p in evidence.suite(suite)]
+            known = [v for v in found if v is not None]
+            right = sum(v.value == 1 for v in known)
+            cells.append(f"{right} of {len(known)}" if known else "–")
+            for problem in evidence.suite(suite):
+                error = evidence.metric(suite, problem.id, name, "max_error")
+                bound = evidence.metric(suite, problem.id, name, "bound")
+                if error and bound and bound.value:
+                    worst = max(worst, error.value / bound.value)
+        rows.append([label(name), *cells, f"{worst:.2f}" if worst else "–"])
+    return Table(
+        ["", "grid", "grid fp16", "gate", "smoke", "worst error / bound"],
+        rows,
+        "Bound: twice the error of low-precision PyTorch against fp32, plus FA3's rounding term.",
+        align="lrrrrr",
+    )
+
+
+def left_out(evidence: Evidence) -> Table:
+    """What is in the record and not in the tables, and why."""
+    found = evidence.provenance
+    rows = [
+        [s["suite"] or "", s["what"], f"stale, from commit {s['commit'][:12]}"]
+        for s in found["stale"]
+    ]
+    rows += [
+        [i["suite"], f"{i['problem']} ({i['regime']})", "inconclusive: A/A "
+         + ", ".join(f"{r:.3f}" for r in i["aa_ratios"] if r is not None)]
+        for i in found["inconclusive"]
+    ]  # fmt: skip
+    grouped: dict[tuple[str, str, str], int] = {}
+    for item in found["excluded"]:
+        key = (item["suite"], item["subject"], f"{item['status']}: {item['reason']}")
+        grouped[key] = grouped.get(key, 0) + 1
+    rows += [
+        [suite, f"{label(subject)}, {count} entries", reason[:90]]
+        for (suite, subject, reason), count in sorted(grouped.items())
+    ]
+    return Table(["suite", "what", "why"], rows, align="llp{0.5\\linewidth}")
+
+
+TABLES: dict[str, Callable[[Evidence], Table]] = {
+    "grid": grid,
+    "grid_fp16": lambda evidence: grid(evidence, "grid_fp16"),
+    "ladder": ladder,
+    "which_fa3": which_fa3,
+    "published": published,
+    "constraints": constraints,
+    "verdicts": verdicts,
+    "criteria": criteria,
+    "witnesses": witnesses,
+    "stalls": stalls,
+    "host": host,
+    "regimes": regimes,
+    "roofline": roofline,
+    "checks": checks,
+    "left_out": left_out,
+}
+
+
+def _prose(paragraph: str) -> str:
+    """A docstring's paragraph as LaTeX: literals, emphasis, lists."""
+    items = re.split(r"(?:^|\s)- (?=\*)", paragraph)
+    parts = []
+    for item in items:
+        cut = re.split(r"(`[^`]+`|\*[^*]+\*)", item)
+        parts.append(
+            "".join(
+                rf"\texttt{{{escape(c[1:-1])}}}"
+                if c.startswith("`")
+                else rf"\emph{{{escape(c[1:-1])}}}"
+                if len(c) > 2 and c.startswith("*")
+                else escape(c)
+                for c in cut
+            )
+        )
+    return " ".join(part.strip() for part in parts if part.strip())
+
+
+def stages(evidence: Evidence) -> str:
+    """One paragraph for each stage: what its file says of it, and what was measured."""
+    parts = []
+    for name in evidence.of_kind("stage"):
+        subject = stage.subject(name)
+        docstring = ast.get_docstring(ast.parse(subject.path.read_text())) or ""
+        _, *body = [" ".join(p.split()) for p in docstring.split("\n\n")]
+        ratio = evidence.speedup("gate", GATE, name, "fa3")
+        tflops = evidence.metric("gate", GATE, name, "tflops", "spaced")
+        measured = (
+            f"Measured on the gate problem: {number(tflops)} TFLOPS, {interval(ratio, 3)} of FA3."
+        )
+        parts.append(
+            rf"\paragraph{{Stage {name[5:]}: {escape(subject.title)}.}} "
+            + "\n\n".join(_prose(p) for p in body)
+            + f" {escape(measured)}\n"
+        )
+    return "\n".join(parts)
+
+
+def headline(evidence: Evidence) -> str:
+    """The README's table: the stages on the gate problem and the top stage on the grid."""
+    lines = ["| | removes | TFLOPS | over FA3, 95 % interval |", "|---|---|---|---|"]
+    for name in [*evidence.of_kind("stage"), *evidence.of_kind("peer")]:
+        tflops = number(evidence.metric("gate", GATE, name, "tflops", "spaced"))
+        ratio = interval(evidence.speedup("gate", GATE, name, "fa3"), 3)
+        removes = stage.subject(name).removes or ""
+        lines.append(f"| {label(name)} | {removes} | {tflops} | {ratio} |")
+    lines += [
+        "",
+        "Batch 16, 16 heads, seqlen 2048, headdim 64, causal, bf16, spaced launches.",
+        "",
+    ]
+    top = evidence.top
+    if top:
+        words = []
+        for peer, word in (("fa3", "FA3"), (BEST, "the best peer")):
+            median = evidence.speedup("grid", MEDIAN, top, peer)
+            least = evidence.speedup("grid", MINIMUM, top, peer)
+            words.append(f"{interval(median)} of {word} in the median, {number(least, 2)} at least")
+        lines.append(f"On the grid of the FA3 paper {label(top)} reaches {'; '.join(words)}.")
+        lines.append("")
+    lines.append("| constraint | found in FA3 | claimed | verdict |")
+    lines.append("|---|---|---|---|")
+    for row in constraints(evidence).rows:
+        lines.append(f"| {row[0]} | {row[1]}: {row[2]} | {row[3]} | {row[6]} |")
+    lines += ["", f"*{evidence.stamp}*"]
+    return "\n".join(lines)
+
+
+@app.command("latex")
+def latex_command(
+    out: Annotated[Path, typer.Option("--out")],
+    results: ResultsOption = RESULTS,
+    problems: ProblemsOption = PROBLEMS,
+    constraints: ConstraintsOption = CONSTRAINTS,
+) -> None:
+    """Write every table as LaTeX into a folder."""
+    evidence = load(results, problems, constraints)
+    for name, build in TABLES.items():
+        write_text(out / f"{name}.tex", latex(build(evidence), evidence.stamp))
+    write_text(out / "stages.tex", stages(evidence))
+
+
+@app.command("model")
+def model_command(
+    out: Annotated[Path, typer.Option("--out")],
+    results: ResultsOption = RESULTS,
+    problems: ProblemsOption = PROBLEMS,
+    constraints: ConstraintsOption = CONSTRAINTS,
+) -> None:
+    """Write the model's times of every timed problem at the top stage's clock."""
+    evidence = load(results, problems, constraints)
+    rows = [
+        {"suite": suite, **row}
+        for suite in ("grid", "grid_fp16", "gate")
+        for row in model.rows(
+            [(p, evidence.roofline(suite, p, evidence.top)) for p in evidence.suite(suite)]
+        )
+    ]
+    write_text(out, csv_text(("suite", *model.COLUMNS), rows, sort=False))
+
+
+@app.command("readme")
+def readme_command(
+    write: Annotated[bool, typer.Option("--write")] = False,
+    check: Annotated[bool, typer.Option("--check")] = False,
+    readme: Annotated[Path, typer.Option("--readme")] = Path("README.md"),
+    results: ResultsOption = RESULTS,
+    problems: ProblemsOption = PROBLEMS,
+    constraints: ConstraintsOption = CONSTRAINTS,
+) -> None:
+    """Bring the README's headline table up to date, or fail where it is not."""
+    if write == check:
+        raise typer.BadParameter("name one of --write and --check")
+    text = readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{readme}: needs one line {BEGIN} and one line {END}")
+    table = headline(load(results, problems, constraints))
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    current = pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text)
+    if write:
+        write_text(readme, current)
+    elif current != text:
+        raise SystemExit(
+            f"{readme}: the headline table is out of date; run"
+            " `python -m paper.tables readme --write`"
+        )
+
+
+if __name__ == "__main__":
+    app()
