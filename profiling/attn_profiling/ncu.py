@@ -40,6 +40,11 @@ TIMEOUT_S = 900.0
 FULL = "profile"  # the suite that gets every section; the others get the listed counters
 
 
+_UNKNOWN_COUNTER = re.compile(
+    r"(?:Failed to find metric|unknown metrics?:?)\s+(?:regex:)?([^\s,]+)", re.I
+)
+
+
 class NcuError(RuntimeError):
     """Nsight Compute could not do what was asked; the text says why and what to do."""
 
