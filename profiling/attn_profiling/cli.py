@@ -196,38 +196,6 @@ def verdict_command(
     record.write_text(out, verdict.verdicts(metrics, speedups, provenance, constraints))
 
 
-@app.command("tidy")
-@_explained
-def tidy_command(
-    raw: Annotated[Path, typer.Option(help="Folder of raw files.")],
-    tier: Annotated[str, typer.Option(help="replay or measure; stamped on what is derived.")],
-    problems: Annotated[Path, typer.Option(help="Table of problems.")],
-    out_metrics: Annotated[Path, typer.Option()],
-    out_speedups: Annotated[Path, typer.Option()],
-    out_provenance: Annotated[Path, typer.Option()],
-) -> None:
-    """Raw files to long tables: metrics, speedups, and where they come from."""
-    from attn_profiling import tidy
-
-    tables = tidy.tidy(raw, tier, problems)
-    tidy.write(tables, out_metrics, out_speedups, out_provenance)
-
-
-@app.command("verdict")
-@_explained
-def verdict_command(
-    metrics: Annotated[Path, typer.Option()],
-    speedups: Annotated[Path, typer.Option()],
-    provenance: Annotated[Path, typer.Option()],
-    constraints: Annotated[Path, typer.Option(help="The claims and what would refute them.")],
-    out: OutOption,
-) -> None:
-    """Tables to verdicts: what the measurements say of each constraint."""
-    from attn_profiling import record, verdict
-
-    record.write_text(out, verdict.verdicts(metrics, speedups, provenance, constraints))
-
-
 @app.command("promote")
 @_explained
 def promote_command(
