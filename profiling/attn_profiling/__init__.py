@@ -1,1 +1,1 @@
-"""Measures the subjects of `attn_ladder` and derives tables, verdicts and the paper from what was recorded."""
+"""Measures the subjects of `attn_ladder`, and derives what the paper says of them."""
