@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -73,7 +72,7 @@ CONFIGS = {
 
 @gluon.jit
 def key_tiles(tile_m, seqlen_q, seqlen_k, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
-    """(key tiles of which a query tile sees anything, how many of them each of its rows sees whole)."""
+    """(key tiles of which a query tile sees anything, how many of them all its rows see whole)."""
     end = seqlen_k
     whole = seqlen_k
     if CAUSAL:

@@ -11,9 +11,10 @@ dealt out back and forth (each other round in reverse), which gives every CTA ne
 number of key tiles, and heads are taken in groups whose keys and values fit in L2 and whose number
 divides that of the CTAs.
 
-What should move: CTAs launched per call, from the number of query tiles to 264 (132 at headdim 128);
-idle SM cycles, to below 3 %; GPU time at seqlen 512 by 10 to 20 %, at 2048 by less than 5 %. The
-plan promises a sixfold gain per sequence from batch 1 to 32, most of which is the GPU being filled.
+What should move: CTAs launched per call, from the number of query tiles to 264 (132 at headdim
+128); idle SM cycles, to below 3 %; GPU time at seqlen 512 by 10 to 20 %, at 2048 by less than 5 %.
+The plan promises a sixfold gain per sequence from batch 1 to 32, most of which is the GPU being
+filled.
 
 What limits it: the warps that compute also load, so the loads of a tile begin only when the tile
 before has been stored, and a fast warpgroup waits for a slow one; stage 4 attacks that.
@@ -24,7 +25,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -102,7 +102,7 @@ def list_entry(i, num_m, num_heads, heads_per_group):
 
 @gluon.jit
 def key_tiles(tile_m, seqlen_q, seqlen_k, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
-    """(key tiles of which a query tile sees anything, how many of them each of its rows sees whole)."""
+    """(key tiles of which a query tile sees anything, how many of them all its rows see whole)."""
     end = seqlen_k
     whole = seqlen_k
     if CAUSAL:

@@ -4,16 +4,17 @@ In stage 3 the warps that compute also load, in program order: a load is issued 
 of the same warpgroup, one tile ahead and not across query tiles, so memory latency shows whenever
 it is longer than a tile's work, and always at the start of a query tile.
 
-Here one warp does nothing but load. It runs ahead as far as the rings of K and V are deep, into the
-next query tile if need be, and waits only for buffers (`*_empty_bar`). Two warpgroups with nearly
-all registers consume; K and V are released separately, each as soon as its product is complete. With
-the loads out of the way a consumer can keep two products in flight: the scores of the next key tile
-and the product with V of this one run while the softmax runs (FlashAttention-3, section 3.2), and the
-consumers take turns to issue them (section 3.1), so that one's softmax fills the other's products.
+Here one warp does nothing but load. It runs ahead as far as the rings of K and V are deep, into
+the next query tile if need be, and waits only for buffers (`*_empty_bar`). Two warpgroups with
+nearly all registers consume; K and V are released separately, each as soon as its product is
+complete. With the loads out of the way a consumer keeps two products in flight: the scores of the
+next key tile and the product with V of this one run while the softmax runs (FlashAttention-3,
+section 3.2), and the consumers take turns to issue them (section 3.1), so that the softmax of one
+fills the products of the other.
 
 What should move: long-scoreboard and barrier stalls together, to below 10 % of samples (the plan
-asks for memory stalls below 40 %); `tensor pipe active` at headdim 128, full, 8k, from below 60 % to
-above 80 %. The plan promises 1.20 to 1.30 times the speed.
+asks for memory stalls below 40 %); `tensor pipe active` at headdim 128, full, 8k, from below 60 %
+to above 80 %. The plan promises 1.20 to 1.30 times the speed.
 
 What limits it: each key tile is asked whether it must be masked, and each rescales the accumulator
 by a maximum that hardly ever changes after the first tiles; stage 5 attacks that.
@@ -24,7 +25,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -100,7 +100,7 @@ def list_entry(i, num_m, num_heads, heads_per_group):
 
 @gluon.jit
 def key_tiles(tile_m, seqlen_q, seqlen_k, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
-    """(key tiles that a query tile goes through, how many of them each of its rows sees whole).
+    """(key tiles that a query tile goes through, how many of them all its rows see whole).
 
     A query tile that sees no key goes through one tile of keys all the same, wholly masked.
     """
