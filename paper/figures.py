@@ -128,7 +128,11 @@ def two_clocks(evidence: Evidence) -> Any:
             return None
         return Value(event.value - activity.value)
 
-    return _over_grid(evidence, _shown(evidence), excess, "events − activity (µs)")
+    figure = _over_grid(evidence, _shown(evidence), excess, "events − activity (µs)")
+    for axes in figure.axes:
+        axes.ticklabel_format(axis="y", useOffset=False)
+    figure.axes[0].set_ylim(bottom=0)
+    return figure
 
 
 def _profile(evidence: Evidence, metric: str, ylabel: str, axes: Any) -> None:
@@ -240,9 +244,9 @@ def launch(evidence: Evidence) -> Any:
         _line(all_axes[2], name, batches, gpu)
     _threshold(evidence, "launch", all_axes[0])
     words = (
-        "eager latency, not GPU time (%)",
-        "graph latency, not GPU time (%)",
-        "GPU time per sequence (µs)",
+        "eager, not GPU time (%)",
+        "graph, not GPU time (%)",
+        "GPU µs per sequence",
     )
     for axes, word in zip(all_axes, words, strict=True):
         axes.set_xscale("log", base=2)
@@ -276,6 +280,8 @@ def controls(evidence: Evidence) -> Any:
             axes.plot(*zip(*sorted(points), strict=True), "o-", color="#2a74a8")
         else:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=7)
+            axes.set_xticks([])
+            axes.set_yticks([])
         axes.set_title(name, fontsize=8)
         axes.set_xlabel("planted dose")
         axes.set_ylabel(control.get("metric", "").replace("_", " "), fontsize=7)

@@ -89,7 +89,8 @@ def escape(text: str) -> str:
 def latex(table: Table, stamp: str) -> str:
     """A booktabs tabular with the stamp below."""
     width = len(table.header)
-    lines = [rf"\begin{{tabular}}{{@{{}}{table.align or 'l' * width}@{{}}}}", r"\toprule"]
+    lines = [r"\fitted{%"]
+    lines += [rf"\begin{{tabular}}{{@{{}}{table.align or 'l' * width}@{{}}}}", r"\toprule"]
     lines.append(" & ".join(escape(cell) for cell in table.header) + r" \\")
     for n, row in enumerate(table.rows):
         if n == 0 or n in table.rules:
@@ -97,7 +98,7 @@ def latex(table: Table, stamp: str) -> str:
         lines.append(" & ".join(escape(cell) for cell in row) + r" \\")
     if not table.rows:
         lines += [r"\midrule", rf"\multicolumn{{{width}}}{{c}}{{not measured in this run}} \\"]
-    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [r"\bottomrule", r"\end{tabular}}"]
     note = f"{table.note} " if table.note else ""
     lines.append(rf"\par\smallskip{{\scriptsize {escape(note)}\textit{{{escape(stamp)}}}\par}}")
     return "\n".join(lines) + "\n"
@@ -282,6 +283,16 @@ def _verdict_cells(row: dict[str, str]) -> list[str]:
     ]
 
 
+def _side(row: dict[str, str]) -> str:
+    """Where an interval lies of the claimed number, whatever the verdict."""
+    if not row["effect"]:
+        return "–"
+    threshold = float(row["threshold"])
+    if float(row["ci_low"]) >= threshold:
+        return "above"
+    return "below" if float(row["ci_high"]) < threshold else "across"
+
+
 def verdict_rows(evidence: Evidence, roles: Sequence[str]) -> list[list[str]]:
     """The rows of verdicts.csv for hypotheses of some roles, with claim and direction."""
     rows = []
@@ -299,6 +310,7 @@ def verdict_rows(evidence: Evidence, roles: Sequence[str]) -> list[list[str]]:
                     suite,
                     *_verdict_cells(row),
                     f"{sign} {hypothesis.threshold:g}",
+                    _side(row),
                     row["control"],
                     row["verdict"],
                 ]
@@ -328,18 +340,19 @@ def constraints(evidence: Evidence) -> Table:
                 overall["metric"],
                 " ".join(_verdict_cells(overall)),
                 f"{sign} {primary.threshold:g}",
+                _side(overall),
                 interval(gain),
                 overall["control"],
                 overall["verdict"],
             ]
         )
     return Table(
-        ["constraint", "primary witness in FA3", "found", "claimed", "gain of its stage",
+        ["constraint", "primary witness in FA3", "found", "claimed", "interval", "gain of stage",
          "control", "verdict"],
         rows,
-        "Gain: GPU time of the stage before over that of the stage that removes the constraint,"
-        " median of the gate problems.",
-        align="llllllll"[:7],
+        "Interval: where it lies of the claimed number. A verdict needs a passed control. Gain:"
+        " GPU time of the stage before over that of the stage that removes the constraint, median"
+        " of the gate problems.",
     )  # fmt: skip
 
 
@@ -347,16 +360,16 @@ def verdicts(evidence: Evidence) -> Table:
     """Every hypothesis about the constraints."""
     rows = verdict_rows(evidence, ("primary", "witness", "ablation"))
     return Table(
-        ["", "claim", "suite", "found", "interval", "claimed", "control", "verdict"],
+        ["", "claim", "suite", "found", "interval", "claimed", "lies", "control", "verdict"],
         rows,
-        align="lp{0.36\\linewidth}llllll",
+        align="lp{0.4\\linewidth}lllllll",
     )
 
 
 def criteria(evidence: Evidence) -> Table:
     """Gates and success criteria."""
     rows = [
-        [*row[1:5], row[5], "met" if row[7].startswith("SUPPORTED") else "not met"]
+        [*row[1:5], row[5], "met" if row[8].startswith("SUPPORTED") else "not met"]
         if row[3] != "–"
         else [*row[1:5], row[5], "not measured"]
         for row in verdict_rows(evidence, ("gate", "criterion"))
@@ -652,7 +665,7 @@ def stages(evidence: Evidence) -> str:
         parts.append(
             rf"\paragraph{{Stage {name[5:]}: {escape(subject.title)}.}} "
             + "\n\n".join(_prose(p) for p in body)
-            + f" {escape(measured)}\n"
+            + f"\n\n{escape(measured)}\n"
         )
     return "\n".join(parts)
 
@@ -682,7 +695,7 @@ def headline(evidence: Evidence) -> str:
     lines.append("| constraint | found in FA3 | claimed | verdict |")
     lines.append("|---|---|---|---|")
     for row in constraints(evidence).rows:
-        lines.append(f"| {row[0]} | {row[1]}: {row[2]} | {row[3]} | {row[6]} |")
+        lines.append(f"| {row[0]} | {row[1]}: {row[2]} | {row[3]} | {row[7]} |")
     lines += ["", f"*{evidence.stamp}*"]
     return "\n".join(lines)
 

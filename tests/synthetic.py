@@ -7,9 +7,13 @@ would read the real thing.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ import numpy as np
 
 from attn_ladder import stage
 from attn_ladder.problem import Problem, read_problems, select
-from attn_profiling import metrics, record
+from attn_profiling import metrics, record, tidy, verdict
 from attn_profiling.metrics import Instruction, Kernel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,7 +186,7 @@ class Maker:
     def check(self, suite: str) -> None:
         results = []
         for problem in select(self.problems, suite):
-            for name in stage.subjects():
+            for name in (s for s in stage.subjects() if stage.in_suite(s, suite)):
                 runs = name in names(problem)
                 results.append(
                     {
@@ -423,6 +427,27 @@ def open_report(data: bytes, name: str, counters: Sequence[str]) -> list[Kernel]
         )
         for kernel, ranges, values, instructions in json.loads(data)
     ]
+
+
+@cache
+def shared() -> Path:
+    """A folder with a complete run in `measurements/` and what is derived from it in `results/`.
+
+    Made once a process; tests that change a run make their own.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="synthetic-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    derive(make(folder / "measurements" / "h100-sxm-80gb"), folder / "results")
+    return folder
+
+
+def derive(raw: Path, results: Path) -> tidy.Tables:
+    """Everything between the raw files and the paper, as the workflow does it."""
+    tables = tidy.tidy(raw, "replay", PROBLEMS, open_report)
+    files = [results / name for name in ("metrics.csv", "speedups.csv", "provenance.json")]
+    tidy.write(tables, *files)
+    record.write_text(results / "verdicts.csv", verdict.verdicts(*files, CONSTRAINTS))
+    return tables
 
 
 def make(folder: Path, **options: Any) -> Path:
