@@ -146,9 +146,7 @@ def route(q: Operand, k: Operand, v: Operand, causal: bool, softmax_scale: float
         refused = f"stage5 cannot be imported: {error}"
     operands = {"q": q, "k": k, "v": v}
     if refused is None:
-        config = top.schedule(
-            None, batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, causal, num_sms(q.device)
-        )[0]
+        config = top.schedule(None, q.shape, k.shape, causal, num_sms(q.device))[0]
         copies = {name: reason for name, x in operands.items() if (reason := must_copy(x, True))}
         return Route("stage5", why, config, copies, top.forward, 16)
     from attn_ladder import stage1_fused as base

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,13 +49,21 @@ class Kernel:
         self._head = (self.compiled.function, run.launch_cooperative_grid, run.launch_pdl)
         self._middle = (None, None, self.compiled.packed_metadata, None, None, None)
         self._maps = self.compiled.metadata.tensordesc_meta or []
+        self._encode = lru_cache(maxsize=1024)(self._encode_anew)
 
-    def tensor_map(
-        self, position: int, pointer: int, shape: Sequence[int], strides: Sequence[int]
+    def tensor_map(self, position: int, tensor: torch.Tensor) -> tuple[Any, ...]:
+        """What the launch wants for the descriptor at `position`: the map, and its shape and
+        strides, which kernels that only copy with TMA do not read."""
+        return self._encode(position, tensor.data_ptr(), tensor.shape, tensor.stride())
+
+    def _encode_anew(
+        self, position: int, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...]
     ) -> tuple[Any, ...]:
-        """What the launch wants for the descriptor at `position`: the encoded map and, unused by
-        kernels that only copy with TMA, its shape and strides."""
         meta = self._maps[position]
+        # where a dimension has one element its stride is arbitrary, but TMA wants 16 bytes
+        steps = [
+            step if size > 1 else 16 for size, step in zip(shape[:-1], strides[:-1], strict=True)
+        ]
         encoded = driver.active.utils.fill_tma_descriptor(
             pointer,
             meta["swizzle"],
@@ -62,10 +71,10 @@ class Kernel:
             TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]],
             meta["block_size"],
             shape,
-            strides,
+            [*steps, 1],
             0,
         )
-        return (encoded, *shape, *strides)
+        return (encoded, *shape, *steps, 1)
 
     def launch(self, grid: int, stream: int, arguments: tuple[Any, ...]) -> None:
         """Launch `grid` CTAs. Pointers are integers; the device must be current."""
