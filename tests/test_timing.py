@@ -2,13 +2,15 @@
 
 import json
 import random
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fake_gpu import SMALL, FakeMachine, fake_gpu, right, timed
 
-from attn_profiling import guard, launches, timing
+from attn_profiling import bursts, guard, launches, timing
 from attn_profiling.activity import Activity, ActivityError, from_kineto, split
 from attn_profiling.guard import Guard, Patched
 from attn_profiling.launches import MeasureError, Unsteady
@@ -131,7 +133,7 @@ def test_a_queue_that_always_runs_dry_is_an_error():
         machine.delay_us = 50
         machine.kernel("a", 5)
 
-    with pytest.raises(MeasureError, match=r"ran dry before calls of a .* raise measuring.gap_us"):
+    with pytest.raises(Unsteady, match=r"ran dry before its calls .* raise measuring.gap_us"):
         spaced(machine, {"a": call})
 
 
@@ -179,6 +181,33 @@ def test_bursts_come_from_a_graph_or_say_that_they_do_not():
     assert result["samples"]["fa3"]["launch"] == "eager"
     assert "changed less than twice" in result["samples"]["fa3"]["energy_note"]
     assert result["samples"]["fa3"]["energy_mj"] == [None, None]
+
+
+def test_a_graph_whose_kernels_the_profiler_loses_is_replaced_by_calls():
+    machine = FakeMachine()
+    machine.graph_records = False
+    sample = measure(machine, {"fa3": timed(machine, 100)}, "sustained")["samples"]["fa3"]
+    assert sample["launch"] == "eager"
+    assert sample["gpu_us"] == [100, 100]
+
+
+def test_energy_of_a_call_from_a_counter_that_runs():
+    machine = FakeMachine()
+    started = time.perf_counter()
+    gpu = fake_gpu(
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: int(
+            500_000 * (time.perf_counter() - started)
+        )
+    )
+    with torch.inference_mode():
+        result = timing.measure_problem(
+            torch, machine, gpu, Guard(torch), SMALL, {"fa3": timed(machine, 100)}, {},
+            "sustained", replace(MEASURING, sustained_ms=20), 7, "cpu",
+        )  # fmt: skip
+    sample = result["samples"]["fa3"]
+    assert sample["energy_note"] is None
+    # 500 W for the 101 µs that a call takes with the gap before it
+    assert sample["energy_mj"] == pytest.approx([0.5 * 101 / 1000 * 1000] * 2, rel=0.2)
 
 
 def test_skipped_work_when_timed_is_found():
@@ -334,9 +363,9 @@ def test_the_default_stays_unless_another_is_clearly_faster():
 def test_power_comes_from_the_jumps_of_the_counter():
     # 500 W, the counter updated every 100 ms, read every 30 ms
     readings = [(t, 500_000 * (int(t * 10) / 10)) for t in (0.03 * i for i in range(12))]
-    assert launches.edge_power_w(readings) == pytest.approx(500, rel=0.25)
-    assert launches.edge_power_w(readings[:4]) is None
-    assert launches.edge_power_w([]) is None
+    assert bursts.edge_power_w(readings) == pytest.approx(500, rel=0.25)
+    assert bursts.edge_power_w(readings[:4]) is None
+    assert bursts.edge_power_w([]) is None
 
 
 # -- attempts

@@ -12,6 +12,7 @@ last among them; every element must be finite, and all other pairs must agree wi
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -41,7 +42,7 @@ SAMPLED_HEADS = 6
 ELSEWHERE = 3.0  # how many bounds another head may be away from SDPA, which errs itself
 LSE_BOUND = 1e-3  # natural log; scores and sums are fp32 in every subject
 SILENCE_S = 240.0
-AT_ONCE = 4
+AT_ONCE = max(1, min(8, (os.cpu_count() or 2) // 2))
 
 
 @dataclass(frozen=True)

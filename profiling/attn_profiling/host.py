@@ -150,7 +150,8 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
     fields = {p.id: problem_fields(p) for p in problems}
     hashes = {name: entry["kernel_hash"] for name, entry in session.subjects.items()}
     runnable = {p.id: [n for n, why in allowed[p.id].items() if why is None] for p in problems}
-    chosen = {p.id: known_choices(settings.run_dir, p) for p in problems}
+    known = known_choices(settings.run_dir)
+    chosen = {p.id: known.get(p.id, {}) for p in problems}
     store = Partial(
         out.parent / ".partial" / suite,
         lambda p: content_key(

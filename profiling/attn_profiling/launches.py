@@ -1,4 +1,4 @@
-"""Timed calls in one process: rounds of single calls, bursts of calls back to back.
+"""Timed calls in one process: rounds of single calls behind a spin.
 
 What is primary and what is cross-check, and why, stands in `timing`.
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 import random
 import statistics
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -24,9 +23,7 @@ from attn_profiling.settings import Measuring
 SESSIONS = 4  # at most so many profiler sessions for one problem in one process
 CANDIDATE_ROUNDS = 7
 CANDIDATE_MARGIN = 0.99  # another configuration than the default must be this much faster
-LEAD_IN = 0.25  # part of a burst that warms up and does not count
-GRAPH_US = 10_000.0  # length of one graph replay in a burst
-POLL_S = 0.004
+NAME_LENGTH = 200
 
 T = TypeVar("T")
 Subject = Callable[[int], Any]  # called with a running number that selects the inputs
@@ -185,10 +182,11 @@ def spaced(
     else:
         left = sorted({n for row in taken for n in names if row.launches[n].dry})
         if left:
-            raise MeasureError(
-                f"the queue ran dry before calls of {', '.join(left)} however often they were"
-                f" taken again: the host needs longer than gap_us={measuring.gap_us:g} to enqueue"
-                " a call; raise measuring.gap_us"
+            raise Unsteady(
+                left[0],
+                "the queue ran dry before its calls however often they were taken again: the host"
+                f" needs longer than gap_us={measuring.gap_us:g} to enqueue it; raise"
+                " measuring.gap_us",
             )
     samples = {}
     for n in names:
@@ -206,7 +204,7 @@ def spaced(
 
 
 class Unsteady(RuntimeError):
-    """A subject launched other kernels in one call than in another."""
+    """A subject that cannot be timed as it behaves: it is left out, with the reason."""
 
     def __init__(self, subject: str, message: str) -> None:
         super().__init__(message)
@@ -222,155 +220,12 @@ def one_kind(subject: str, calls: list[tuple[str, ...]]) -> dict[str, int]:
             for kernels, count in kinds.most_common(2)
         )
         raise Unsteady(subject, f"it launched different kernels in different calls ({shown})")
-    return dict(Counter(calls[0]))
+    return by_name(calls[0])
 
 
-def edge_power_w(readings: list[tuple[float, float]]) -> float | None:
-    """Mean power between the first and the last change of an energy counter, in watts.
-
-    `readings`: (seconds, millijoules). The counter stands still for a while and then jumps, so only
-    its jumps carry time. None where it jumped less than twice.
-    """
-    edges = [
-        now for last, now in zip(readings[:-1], readings[1:], strict=True) if now[1] != last[1]
-    ]
-    if len(edges) < 2 or edges[-1][0] <= edges[0][0]:
-        return None
-    return (edges[-1][1] - edges[0][1]) / 1000 / (edges[-1][0] - edges[0][0])
-
-
-@dataclass
-class Repeater:
-    """Replays `calls` calls of a subject; `result` is the output of the last of them."""
-
-    replay: Callable[[], Any]
-    calls: int
-    result: Callable[[], Any]
-    launch: str
-
-
-def repeater(machine: Machine, subject: Subject, gpu_us: float, distinct: int) -> Repeater:
-    """A CUDA graph of some calls at different addresses; plain calls where capture fails."""
-    count = max(1, min(distinct, round(GRAPH_US / gpu_us)))
-    last: list[Any] = [None]
-    try:
-        replay, last[0] = machine.capture([lambda i=i: subject(i) for i in range(count)])  # type: ignore[misc]
-        return Repeater(replay, count, lambda: last[0], "graph")
-    except Exception:
-        machine.synchronize()
-
-    def eager() -> None:
-        for i in range(count):
-            last[0] = subject(i)
-
-    return Repeater(eager, count, lambda: last[0], "eager")
-
-
-def burst(
-    machine: Machine, gpu: Gpu, repeat: Repeater, gpu_us: float, kernels: int, ms: float
-) -> tuple[float, float, int, float | None, float | None, float | None, tuple[str, ...]]:
-    """One burst. Returns (activity-summed µs per call, elapsed µs per call, calls, mean clock, mean
-    power, mJ per call, kernels of one call)."""
-    replays = max(2, math.ceil(ms * 1000 / (gpu_us * repeat.calls)))
-    lead = max(1, math.ceil(LEAD_IN * replays))
-    clocks, powers, energies = [], [], []
-    with machine.recorded() as activities:
-        machine.flush()
-        machine.spin(GRAPH_US / 20)
-        for _ in range(lead):
-            repeat.replay()
-        start = machine.event()
-        for _ in range(replays):
-            repeat.replay()
-        end = machine.event()
-        while not end.query():
-            if start.query():
-                energy = gpu.energy_mj()
-                if energy is not None:
-                    energies.append((time.perf_counter(), energy))
-                clock, power = gpu.sm_clock_mhz(), gpu.power_w()
-                if clock is not None:
-                    clocks.append(clock)
-                if power is not None:
-                    powers.append(power)
-            time.sleep(POLL_S)
-        machine.flush()
-    calls = split(activities, machine.flush_kernel, machine.spin_kernel)
-    made = (lead + replays) * repeat.calls
-    if len(calls) != 1 or len(calls[0].activities) != made * kernels:
-        raise ActivityError(
-            f"a burst of {made} calls of {kernels} kernels shows"
-            f" {[len(call.activities) for call in calls]} kernels in the records"
-        )
-    counted = calls[0].activities[lead * repeat.calls * kernels :]
-    number = replays * repeat.calls
-    elapsed_us = machine.elapsed_us(start, end) / number
-    power_w = edge_power_w(energies)
-    return (
-        round(sum(a.duration_ns for a in counted) / 1000 / number, 3),
-        round(elapsed_us, 3),
-        number,
-        round(statistics.fmean(clocks), 1) if clocks else None,
-        round(statistics.fmean(powers), 2) if powers else None,
-        round(power_w * elapsed_us / 1000, 4) if power_w is not None else None,
-        tuple(a.name for a in counted[:kernels]),
-    )
-
-
-def sustained(
-    machine: Machine,
-    gpu: Gpu,
-    subjects: Mapping[str, Subject],
-    measuring: Measuring,
-    rng: random.Random,
-    distinct: int,
-) -> tuple[dict[str, Samples], dict[str, Any]]:
-    """All bursts of one process on one problem. Returns the samples, and each subject's output of
-    the last burst, whose memory was poisoned before it."""
-    names = list(subjects)
-    plan = shuffled(names, 3, rng)
-    first = insist(lambda: take(machine, gpu, subjects, plan, measuring.gap_us, 0))
-    usual = {n: statistics.median(row.launches[n].gpu_us for row in first) for n in names}
-    kernels = {n: one_kind(n, [row.launches[n].kernels for row in first]) for n in names}
-    repeaters = {n: repeater(machine, subjects[n], usual[n], distinct) for n in names}
-    samples = {n: Samples(kernels=kernels[n], launch=repeaters[n].launch) for n in names}
-    for round_number in range(measuring.sustained_bursts):
-        for n in rng.sample(names, len(names)):
-            out = repeaters[n].result()
-            if round_number == measuring.sustained_bursts - 1 and out is not None:
-                for tensor in out:
-                    if tensor is not None:
-                        tensor.fill_(float("nan"))
-            found = insist(
-                partial(
-                    burst,
-                    machine,
-                    gpu,
-                    repeaters[n],
-                    usual[n],
-                    sum(kernels[n].values()),
-                    measuring.sustained_ms,
-                )
-            )
-            gpu_us, elapsed, number, clock, power, energy, seen = found
-            if Counter(seen) != Counter(kernels[n]):
-                raise Unsteady(n, f"it launched {', '.join(seen)} in a burst, {kernels[n]} before")
-            row = samples[n]
-            row.gpu_us.append(gpu_us)
-            row.event_us.append(elapsed)
-            row.calls.append(number)
-            row.clock_mhz.append(clock)
-            row.power_w.append(power)
-            row.energy_mj.append(energy)
-            if energy is None:
-                row.energy_note = (
-                    "NVML gives no energy counter here"
-                    if gpu.energy_mj() is None
-                    else "the energy counter changed less than twice in a burst; raise"
-                    " measuring.sustained_ms"
-                )
-    outputs = {n: (repeaters[n].calls - 1, repeaters[n].result()) for n in names}
-    return samples, outputs
+def by_name(kernels: Iterable[str]) -> dict[str, int]:
+    """Launches by kernel name; template names are cut, as they run to thousands of letters."""
+    return dict(Counter(name[:NAME_LENGTH] for name in kernels))
 
 
 def disagreement(regime: str, name: str, samples: Samples) -> str | None:

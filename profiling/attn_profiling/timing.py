@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_ladder.problem import Problem
+from attn_profiling.bursts import sustained
 from attn_profiling.check import Oracle, explain, gate, poisons_process, sampled_heads
 from attn_profiling.device import Gpu, open_gpu
 from attn_profiling.guard import Guard, poison_recycled
@@ -32,7 +33,6 @@ from attn_profiling.launches import (
     choose,
     disagreement,
     spaced,
-    sustained,
 )
 from attn_profiling.machine import Machine
 from attn_profiling.partial import Partial
@@ -53,13 +53,16 @@ AA_PREFERRED = ("fa3", "cudnn")
 SILENCE_S = 300.0
 
 
+Choices = dict[str, dict[str, Any] | None]
+
+
 @dataclass
 class Entry:
     """A problem on its way into the record."""
 
     problem: Problem
     subjects: list[str]
-    chosen: dict[str, dict[str, Any] | None]
+    chosen: Choices
     left_out: dict[str, str]
     tried: dict[str, Any] = field(default_factory=dict)
     attempts: list[dict[str, Any]] = field(default_factory=list)
@@ -287,13 +290,13 @@ def merge(attempt: int, results: list[dict[str, Any]], tolerance: float) -> dict
     }
 
 
-def known_choices(run_dir: Path, problem: Problem) -> dict[str, dict[str, Any] | None]:
-    """Configurations chosen for a problem when it was timed spaced, earlier in this run."""
-    for path in sorted((run_dir / "timing").glob("*.spaced.json")):
-        for row in read(path, "timing")["problems"]:
-            if row["problem"]["id"] == problem.id:
-                return dict(row["chosen"])
-    return {}
+def known_choices(run_dir: Path) -> dict[str, Choices]:
+    """{problem id: configurations chosen when it was timed spaced, earlier in this run}."""
+    return {
+        row["problem"]["id"]: dict(row["chosen"])
+        for path in sorted((run_dir / "timing").glob("*.spaced.json"))
+        for row in read(path, "timing")["problems"]
+    }
 
 
 def run(settings: Settings, suite: str, regime: str, out: Path) -> Record:
@@ -309,11 +312,12 @@ def run(settings: Settings, suite: str, regime: str, out: Path) -> Record:
     session = Session(settings, subjects)
     fields = {p.id: problem_fields(p) for p in problems}
     hashes = {name: found["kernel_hash"] for name, found in session.subjects.items()}
+    known = known_choices(settings.run_dir) if regime == "sustained" else {}
     plan = {
         p.id: Entry(
             problem=p,
             subjects=[n for n, reason in allowed[p.id].items() if reason is None],
-            chosen=known_choices(settings.run_dir, p) if regime == "sustained" else {},
+            chosen=known.get(p.id, {}),
             left_out={n: reason for n, reason in allowed[p.id].items() if reason is not None},
         )
         for p in problems

@@ -64,6 +64,9 @@ class Worker:
                 env={
                     **os.environ,
                     "KINETO_LOG_LEVEL": "5",
+                    # CUPTI that is torn down and set up again loses the kernels of CUDA graphs
+                    "TEARDOWN_CUPTI": "0",
+                    "DISABLE_CUPTI_LAZY_REINIT": "1",
                     "PYTHONUNBUFFERED": "1",
                     **environment,
                     REPORT_FD: str(write),

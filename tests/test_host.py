@@ -1,0 +1,156 @@
+"""Host cost and latency, on a machine that takes as long as the test says."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_gpu import SMALL, FakeMachine, fake_gpu, timed
+
+from attn_profiling import host, record, settings
+from attn_profiling.inputs import Rotation, bound
+from attn_profiling.launches import MeasureError
+from attn_profiling.session import Session
+from attn_profiling.workers import WorkerDied
+
+
+def sleepy(seconds):
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+class SlowMachine(FakeMachine):
+    """Waits 2 ms when it synchronises."""
+
+    def synchronize(self):
+        sleepy(0.002)
+
+
+def test_host_cost_leaves_out_the_wait_and_latency_holds_it():
+    addresses = []
+
+    def forward(q, k, v, *, causal):
+        addresses.append(q.data_ptr())
+        sleepy(0.0005)
+        return torch.empty(1), None
+
+    machine = SlowMachine()
+    machine.captures = False
+    count = 12
+    rotation = Rotation(torch, SMALL, count + 2, 0, "cpu")
+    call = bound(forward, rotation, True, None)
+    found = host.measure_call(machine, rotation, call, count)
+    assert all(len(found[kind]) == count for kind in host.KINDS)
+    assert 450 < sorted(found["eager_host_us"])[count // 2] < 1500
+    assert sorted(found["eager_latency_us"])[count // 2] > 2400
+    assert found["graph_latency_us"] is None and "capturing" in found["graph_note"]
+    eager, fresh = (
+        addresses[host.WARM_CALLS :][:count],
+        addresses[host.WARM_CALLS + count :][:count],
+    )
+    assert len(set(eager)) == 1
+    assert len(set(fresh)) == count and not set(fresh) & set(addresses[: host.WARM_CALLS])
+
+
+def test_graph_latency_is_measured_where_the_call_can_be_captured():
+    machine = SlowMachine()
+    rotation = Rotation(torch, SMALL, 5, 0, "cpu")
+    call = bound(timed(machine, 100).forward, rotation, True, None)
+    with torch.inference_mode():
+        found = host.measure_call(machine, rotation, call, 3)
+    assert len(found["graph_latency_us"]) == 3 and found["graph_note"] is None
+
+
+def test_a_default_configuration_is_not_passed():
+    seen = []
+
+    def forward(q, k, v, **kwargs):
+        seen.append(kwargs)
+
+    rotation = Rotation(torch, SMALL, 1, 0, "cpu")
+    bound(forward, rotation, True, None)(0)
+    bound(forward, rotation, False, {"num_splits": 2})(0)
+    assert seen == [{"causal": True}, {"causal": False, "config": {"num_splits": 2}}]
+
+
+class FakeWorker:
+    answer = None
+    begun: list = []
+
+    def __init__(self, kind, arguments, log, environment):
+        self.request = None
+
+    def begin(self, request):
+        self.request = request
+        self.begun.append([entry["problem"]["id"] for entry in request["problems"]])
+
+    def messages(self, silence_s):
+        for entry in self.request["problems"]:
+            yield {"begin": entry["problem"]["id"]}
+            found = type(self).answer(len(self.begun), entry)
+            if isinstance(found, Exception):
+                raise found
+            yield {"result": {"problem": entry["problem"]["id"], "samples": found}}
+
+    def close(self):
+        return None
+
+
+def sample(us):
+    return {
+        "eager_host_us": [us], "fresh_pointer_host_us": [us], "eager_latency_us": [us],
+        "graph_latency_us": [us], "graph_note": None,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def suite(monkeypatch, tmp_path):
+    monkeypatch.setattr(host, "Session", lambda s, names: Session(s, names, fake_gpu()))
+    monkeypatch.setattr(host, "Worker", FakeWorker)
+    monkeypatch.setattr(
+        host, "gate",
+        lambda run, problems, names: {
+            p.id: {"fa3": None, "stage1": "unsupported: why"} for p in problems
+        },
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"subjects": ["fa3", "stage1"]}))
+    FakeWorker.begun = []
+
+    def run(answer):
+        FakeWorker.answer = staticmethod(answer)
+        chosen = settings.load(tmp_path / "config.json", tmp_path)
+        return host.run(chosen, "gate", tmp_path / "host" / "gate.json")
+
+    run.folder = tmp_path
+    return run
+
+
+def test_every_process_gives_a_list(suite):
+    data = suite(lambda process, entry: {n: sample(10.0) for n in ("fa3", "fa3#2")})
+    assert record.read(suite.folder / "host" / "gate.json", "host") == data
+    first = data["problems"][0]
+    assert first["samples"]["fa3"]["eager_host_us"] == [[10.0]] * 3
+    assert first["left_out"] == {"stage1": "unsupported: why"}
+
+
+def test_an_interrupted_suite_goes_on(suite):
+    def dies(process, entry):
+        if process == 2 and entry["problem"]["id"] == "gate-b4":
+            return WorkerDied("it was ended by SIGTERM")
+        return {"fa3": sample(10.0)}
+
+    with pytest.raises(MeasureError, match="gate-b4, process 2: it was ended by SIGTERM"):
+        suite(dies)
+    FakeWorker.begun = []
+    data = suite(lambda process, entry: {"fa3": sample(10.0)})
+    assert FakeWorker.begun[0][0] == "gate-b4" and len(FakeWorker.begun) == 2
+    assert len(data["problems"]) == 7
+
+
+def test_a_graph_that_failed_in_one_process_has_no_latency():
+    failed = {**sample(1.0), "graph_latency_us": None, "graph_note": "no capture"}
+    merged = host.merge([{"samples": {"a": sample(1.0)}}, {"samples": {"a": failed}}])
+    assert merged["a"]["graph_latency_us"] is None and merged["a"]["graph_note"] == "no capture"
+    assert SimpleNamespace(**merged["a"]).eager_host_us == [[1.0], [1.0]]
