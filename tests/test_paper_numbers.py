@@ -1,0 +1,112 @@
+"""Every number of the paper's prose comes from the results, and the paper compiles."""
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+import synthetic
+
+from paper import figures, numbers, tables
+from paper.evidence import Value, load
+
+MAIN = synthetic.ROOT / "paper" / "main.tex"
+REFS = synthetic.ROOT / "paper" / "refs.bib"
+KNOWN = {  # capitalised commands that are LaTeX's
+    "Alph", "DeclareRobustCommand",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    results = synthetic.shared() / "results"
+    return load(results, synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+
+
+def used_macros(text):
+    return set(re.findall(r"\\([A-Z][A-Za-z]+)", text)) - KNOWN
+
+
+def test_every_macro_of_the_prose_is_a_number_of_the_run(evidence):
+    defined = {name[1:] for name in numbers.numbers(evidence)}
+    text = MAIN.read_text()
+    assert len(used_macros(text)) > 50
+    assert used_macros(text) - defined == set()
+    assert used_macros(text + r"\TopSpeedOfLight") - defined == {"TopSpeedOfLight"}
+
+
+def test_macros_hold_what_the_tables_hold(evidence):
+    found = numbers.numbers(evidence)
+    assert found[r"\GridProblems"] == "24" and found[r"\InconclusiveSpaced"] == "1"
+    assert found[r"\FaThreeKernels"] == "2"
+    assert found[r"\StageTwoGateRatio"].startswith("0.62")
+    assert found[r"\VerdictSync"] == "inconclusive"
+    assert found[r"\Confirmatory"] == "confirmatory"
+
+
+def test_names_of_macros():
+    assert numbers.macro("stage5", "gate ratio") == r"\StageFiveGateRatio"
+    assert numbers.macro("top over", "fa3", "median", "spaced") == r"\TopOverFaThreeMedianSpaced"
+
+
+def test_what_was_not_measured_says_so():
+    assert numbers.text(None, 2) == numbers.MISSING
+    assert numbers.with_interval(None, 2) == numbers.MISSING
+    assert numbers.with_interval(Value(1.5, 1.4, 1.6), 1) == "1.5 [1.4, 1.6]"
+
+
+def test_no_measured_number_is_typed():
+    """Ratios, TFLOPS and shares with decimals are macros; what is left are the plan's numbers."""
+    body = MAIN.read_text().split(r"\begin{abstract}")[1]
+    body = re.sub(r"\\(?:begin|end|vspace|setlength|includegraphics)[^\n]*", "", body)
+    typed = set(re.findall(r"(?<![\w.])\d+\.\d+(?!\w)", body))
+    assert typed <= {"1.1", "1.3"}, typed
+    assert re.findall(r"(?<![\w.])\d+\.\d+", "it runs at 1.16 of FA3") == ["1.16"]
+
+
+def test_every_citation_is_in_the_bibliography():
+    keys = set(re.findall(r"^@\w+\{([^,]+),", REFS.read_text(), re.MULTILINE))
+    cited = {
+        key.strip()
+        for group in re.findall(r"\\cite[tp]?\{([^}]+)\}", MAIN.read_text())
+        for key in group.split(",")
+    }
+    assert cited and cited <= keys
+
+
+def test_everything_that_is_included_is_generated():
+    text = MAIN.read_text()
+    assert set(re.findall(r"\\tab\{(\w+)\}", text)) == set(tables.TABLES)
+    assert set(re.findall(r"\\fig\{(\w+)\}", text)) == set(figures.FIGURES)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("latexmk") is None, reason="latexmk is not installed")
+def test_the_paper_compiles_to_the_same_bytes(evidence, tmp_path):
+    paper = tmp_path / "paper"
+    generated = paper / "generated"
+    generated.mkdir(parents=True)
+    shutil.copy(MAIN, paper)
+    shutil.copy(REFS, paper)
+    for name, build in tables.TABLES.items():
+        (generated / f"{name}.tex").write_text(tables.latex(build(evidence), evidence.stamp))
+    (generated / "stages.tex").write_text(tables.stages(evidence))
+    (generated / "numbers.tex").write_text(numbers.render(numbers.numbers(evidence)))
+    for name, draw in figures.FIGURES.items():
+        figures.save(draw(evidence), generated / f"{name}.pdf")
+    made = []
+    for n in (1, 2):
+        command = ["latexmk", "-cd", "-pdf", "-interaction=nonstopmode", "-halt-on-error"]
+        run = subprocess.run(
+            [*command, f"-outdir=../out{n}", "paper/main.tex"],
+            cwd=tmp_path,
+            env={**os.environ, "SOURCE_DATE_EPOCH": "0", "FORCE_SOURCE_DATE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        log = tmp_path / f"out{n}" / "main.log"
+        assert run.returncode == 0, log.read_text(errors="replace")[-3000:]
+        assert "undefined" not in log.read_text(errors="replace").lower()
+        made.append((tmp_path / f"out{n}" / "main.pdf").read_bytes())
+    assert made[0] == made[1]

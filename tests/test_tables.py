@@ -1,0 +1,181 @@
+"""Tables, figures, report, notebook and the README's headline table, from a synthetic run."""
+
+import json
+import re
+import shutil
+
+import pytest
+import synthetic
+from typer.testing import CliRunner
+
+from paper import figures, notebook, report, tables
+from paper.evidence import Value, interval, load, number
+
+RUNNER = CliRunner()
+RESULTS = [
+    "--problems", str(synthetic.PROBLEMS), "--constraints", str(synthetic.CONSTRAINTS),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    results = synthetic.shared() / "results"
+    return load(results, synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory):
+    """What is derived from a run that holds one small suite only."""
+    folder = tmp_path_factory.mktemp("smoke")
+    maker = synthetic.Maker(folder / "raw")
+    maker.device()
+    maker.check("smoke")
+    maker.timing("smoke", "spaced")
+    synthetic.derive(folder / "raw", folder / "results")
+    return load(folder / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_every_table_is_stamped_and_whole(evidence, name):
+    table = tables.TABLES[name](evidence)
+    assert table.rows and all(len(row) == len(table.header) for row in table.rows)
+    text = tables.latex(table, evidence.stamp)
+    assert "tier replay, device h100-sxm-80gb, run synthetic, commit 555555555555" in text
+    body = text.split(r"\toprule")[1].split(r"\bottomrule")[0]
+    for line in body.splitlines():
+        if line.endswith(r"\\") and "multicolumn" not in line:
+            assert len(re.findall(r"(?<!\\)&", line)) == len(table.header) - 1, line
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_a_table_of_what_was_not_measured_still_renders(empty, name):
+    table = tables.TABLES[name](empty)
+    assert all(len(row) == len(table.header) for row in table.rows)
+    assert "nan" not in tables.latex(table, empty.stamp).lower()
+
+
+def test_latex_is_escaped():
+    assert tables.escape("a_b & 50 % {x} \\y ≥ 2") == (
+        r"a\_b \& 50 \% \{x\} \textbackslash{}y $\geq$ 2"
+    )
+
+
+def test_numbers_as_text():
+    assert interval(Value(1.234, 1.2, 1.26)) == "1.23 [1.20, 1.26]"
+    assert interval(Value(1.234)) == "1.23" and interval(None) == "–"
+    assert number(Value(12.6)) == "13" and number(None) == "–"
+
+
+def test_the_grid_has_every_problem_and_marks_the_inconclusive_one(evidence):
+    table = tables.grid(evidence)
+    assert len(table.rows) == 24 + 2
+    marked = [row for row in table.rows if row[2].endswith("†")]
+    assert [row[:3] for row in marked] == [["64", "causal", "16384†"]]
+
+
+def test_the_ladder_says_whether_gates_are_met(evidence):
+    rows = {row[0]: row for row in tables.ladder(evidence).rows}
+    assert rows["stage 2"][4:6] == ["0.58", "yes"]
+    assert rows["stage 1"][4:6] == ["", ""] and "FA3" in rows
+
+
+def test_every_stage_has_its_paragraph(evidence):
+    text = tables.stages(evidence)
+    for name in evidence.of_kind("stage"):
+        assert rf"\paragraph{{Stage {name[5:]}: " in text
+    assert text.count("Measured on the gate problem") == len(evidence.of_kind("stage"))
+
+
+def test_the_workflow_lists_all_tables_and_figures():
+    text = (synthetic.ROOT / "paper" / "paper.smk").read_text()
+    listed = re.findall(r'name="([a-z0-9_ "\n]+)"\.split\(\)', text)
+    found = [set(re.sub(r'["\n]', " ", names).split()) for names in listed]
+    assert found == [set(tables.TABLES) | {"stages"}, set(figures.FIGURES)]
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figures_are_the_same_bytes_twice(evidence, tmp_path, name):
+    for suffix in ("pdf", "svg"):
+        paths = [tmp_path / f"{n}.{suffix}" for n in (1, 2)]
+        for path in paths:
+            figures.save(figures.FIGURES[name](evidence), path)
+        first, second = (path.read_bytes() for path in paths)
+        assert first == second and len(first) > 2000
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figures_of_what_was_not_measured(empty, tmp_path, name):
+    figures.save(figures.FIGURES[name](empty), tmp_path / "figure.pdf")
+
+
+def test_the_report_is_self_contained(evidence):
+    text = report.render(evidence)
+    assert text.index(evidence.stamp) < text.index("<table>")
+    assert not re.findall(r'(?:src|href)="(?!#)', text.replace('xlink:href="#', ""))
+    assert "@import" not in text and "<script" not in text
+    assert text.count("<svg") == len(figures.FIGURES)
+    ids = re.findall(r'id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert text == report.render(evidence)
+    names = {name for _, in_tables, _ in report.SECTIONS for name in in_tables}
+    assert names == set(tables.TABLES)
+
+
+def test_the_report_warns_of_stale_results(evidence):
+    assert "results are stale" not in report.render(evidence)
+    stale = {"suite": "gate", "what": "stage1", "commit": "c" * 40, "reason": "changed"}
+    evidence.provenance["stale"].append(stale)
+    try:
+        assert "1 results are stale" in report.render(evidence)
+    finally:
+        evidence.provenance["stale"].clear()
+
+
+def readme(tmp_path, option):
+    path = tmp_path / "README.md"
+    where = ["--results", str(synthetic.shared() / "results"), *RESULTS, "--readme", str(path)]
+    return path, RUNNER.invoke(tables.app, ["readme", option, *where])
+
+
+def test_the_headline_table_is_written_and_checked(tmp_path):
+    (tmp_path / "README.md").write_text(f"# x\n\n{tables.BEGIN}\nold\n{tables.END}\n\nrest\n")
+    path, checked = readme(tmp_path, "--check")
+    assert checked.exit_code == 1 and "out of date" in str(checked.exception)
+    path, written = readme(tmp_path, "--write")
+    assert written.exit_code == 0, written.output
+    text = path.read_text()
+    assert "| stage 2 | sync |" in text and text.endswith("\n\nrest\n") and "old" not in text
+    assert readme(tmp_path, "--check")[1].exit_code == 0
+
+
+def test_a_readme_without_markers_is_an_error(tmp_path):
+    (tmp_path / "README.md").write_text("# x\n")
+    _, run = readme(tmp_path, "--write")
+    assert run.exit_code == 1 and tables.BEGIN in str(run.exception)
+
+
+def test_the_notebook_is_stripped_and_runs(tmp_path):
+    source = synthetic.ROOT / "notebooks" / "explore.ipynb"
+    cells = json.loads(source.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code and not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    (tmp_path / "config").mkdir()
+    shutil.copy(synthetic.PROBLEMS, tmp_path / "config")
+    shutil.copytree(synthetic.shared() / "results", tmp_path / "results")
+    shutil.copy(source, tmp_path / "explore.ipynb")
+    written = []
+    for n in (1, 2):
+        out = tmp_path / f"out{n}.ipynb"
+        notebook.execute(tmp_path / "explore.ipynb", out, tmp_path)
+        written.append(out.read_bytes())
+    outputs = [c["outputs"] for c in json.loads(written[0])["cells"] if c["cell_type"] == "code"]
+    assert sum(bool(o) for o in outputs) >= 5
+    assert written[0] == written[1]
+
+
+def test_a_notebook_that_fails_is_an_error(tmp_path):
+    source = json.loads((synthetic.ROOT / "notebooks" / "explore.ipynb").read_text())
+    (tmp_path / "explore.ipynb").write_text(json.dumps(source))
+    with pytest.raises(Exception, match="StopIteration"):
+        notebook.execute(tmp_path / "explore.ipynb", tmp_path / "out.ipynb", tmp_path)
+    assert not (tmp_path / "out.ipynb").exists()
