@@ -60,11 +60,11 @@ def kernels(*pairs, problem="small"):
 GOOD = kernels(("fa3", "memset"), ("fa3", "attention"), ("stage1", "attention"))
 
 
-def profile(tmp_path, sections="full", subjects=SUBJECTS):
+def profile(tmp_path, sections="full", subjects=SUBJECTS, expected=()):
     report = tmp_path / "ncu" / "tiny" / "small.ncu-rep"
     found = ncu.profile_problem(
         os.environ["ATTN_LADDER_NCU"], SMALL, subjects, {"fa3": {"num_splits": 2}}, sections,
-        report, 0, {},
+        report, 0, {}, dict(expected),
     )  # fmt: skip
     return report, found
 
@@ -132,6 +132,25 @@ def test_a_report_of_something_else_is_refused(fake, tmp_path, found, message):
     with pytest.raises(NcuError, match=message):
         profile(tmp_path)
     assert not (tmp_path / "ncu" / "tiny" / "small.ncu-rep").exists()
+
+
+def test_another_number_of_kernels_than_when_timed_is_refused(fake, tmp_path):
+    fake(kernels=GOOD)
+    assert profile(tmp_path, expected={"fa3": 2, "stage1": 1})[1][1]["fa3"] == 2
+    with pytest.raises(NcuError, match="2 kernels of fa3 were profiled, but it launches 1"):
+        profile(tmp_path, expected={"fa3": 1})
+
+
+def test_memsets_are_not_expected_of_ncu(tmp_path):
+    maker = synthetic.Maker(tmp_path)
+    maker.timing("smoke", "spaced")
+    path = tmp_path / "timing" / "smoke.spaced.json"
+    data = json.loads(path.read_text())
+    sample = data["problems"][0]["attempts"][-1]["samples"]["fa3"]
+    sample["kernels"] = {"Memset (Device)": 1, "attention": 2}
+    path.write_text(json.dumps(data))
+    name = data["problems"][0]["problem"]["id"]
+    assert ncu.timed_kernels(tmp_path)[name]["fa3"] == 2
 
 
 def test_a_truncated_report_is_refused(fake, tmp_path, monkeypatch):

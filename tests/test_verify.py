@@ -15,7 +15,7 @@ def make(folder, seed, **noise):
     maker = synthetic.Maker(folder, seed, **noise)
     maker.device()
     maker.check("smoke")
-    maker.timing("grid", "spaced")
+    maker.timing("gate", "spaced")
     return folder
 
 
@@ -36,7 +36,7 @@ def test_the_same_truth_passes(recorded, tmp_path):
 
 
 def slowed(folder, subject, factor, problems=lambda name: True):
-    path = folder / "timing" / "grid.spaced.json"
+    path = folder / "timing" / "gate.spaced.json"
     data = json.loads(path.read_text())
     for row in data["problems"]:
         if problems(row["problem"]["id"]):
@@ -87,7 +87,7 @@ def test_what_no_longer_passes_the_gate_fails(recorded, tmp_path):
 
 def test_another_kernel_is_not_compared_as_the_same(recorded, tmp_path):
     run = make(tmp_path, 2)
-    path = run / "timing" / "grid.spaced.json"
+    path = run / "timing" / "gate.spaced.json"
     data = json.loads(path.read_text())
     data["subjects"]["stage1"]["kernel_hash"] = "0" * 16
     path.write_text(json.dumps(data))
@@ -97,7 +97,7 @@ def test_another_kernel_is_not_compared_as_the_same(recorded, tmp_path):
 
 def test_problems_that_are_inconclusive_now_do_not_pass(recorded, tmp_path):
     run = make(tmp_path, 2)
-    path = run / "timing" / "grid.spaced.json"
+    path = run / "timing" / "gate.spaced.json"
     data = json.loads(path.read_text())
     data["problems"][0]["status"] = "inconclusive"
     path.write_text(json.dumps(data))
@@ -105,6 +105,17 @@ def test_problems_that_are_inconclusive_now_do_not_pass(recorded, tmp_path):
     assert (
         claims[0].verdict == "AMBIGUOUS" and data["problems"][0]["problem"]["id"] in claims[0].note
     )
+
+
+def test_a_suite_without_a_peer_makes_no_claim(recorded):
+    from attn_profiling.record import read
+
+    data = read(recorded / "timing" / "gate.spaced.json", "timing")
+    assert verify.compare_timing(data, data, 0.025)
+    for row in data["problems"]:
+        samples = row["attempts"][-1]["samples"]
+        row["attempts"][-1]["samples"] = {"stage1": samples["stage1"]}
+    assert verify.compare_timing(data, data, 0.025) == []
 
 
 def test_runs_of_two_gpu_models_are_not_compared(recorded, tmp_path):

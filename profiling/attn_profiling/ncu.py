@@ -29,6 +29,7 @@ from attn_profiling.record import (
     content_key,
     problem_fields,
     problem_of,
+    read,
     write,
     write_text,
 )
@@ -37,7 +38,8 @@ from attn_profiling.settings import Settings
 from attn_profiling.timing import known_choices
 
 TIMEOUT_S = 900.0
-FULL = "profile"  # the suite that gets every section; the others get the listed counters
+# suites that get every section; the others get the listed counters
+FULL = ("profile", "control")
 
 
 _UNKNOWN_COUNTER = re.compile(
@@ -99,8 +101,14 @@ def explain(output: str, version: str | None, where: str) -> str:
     return f"{where}: ncu {version} failed:\n  {shown}"
 
 
-def check_report(data: bytes, name: str, problem: str, subjects: list[str]) -> dict[str, int]:
-    """Kernels of each subject's range. Raises `NcuError` where a range is missing or foreign."""
+def check_report(
+    data: bytes, name: str, problem: str, subjects: list[str], expected: Mapping[str, int]
+) -> dict[str, int]:
+    """Kernels of each subject's range.
+
+    `expected`: how many a subject launches when it is timed, where that is known. Raises `NcuError`
+    where a range is missing or foreign, or holds another number.
+    """
     try:
         kernels = open_report(data, name, [])
     except BadReport as error:
@@ -121,7 +129,29 @@ def check_report(data: bytes, name: str, problem: str, subjects: list[str]) -> d
             f"{name}: no kernel was profiled in the range"
             f" {range_name(problem, missing[0])}; profile again"
         )
+    for subject in subjects:
+        if counts[subject] != expected.get(subject, counts[subject]):
+            raise NcuError(
+                f"{name}: {counts[subject]} kernels of {subject} were profiled, but it launches"
+                f" {expected[subject]} when it is timed: it behaves differently under the profiler,"
+                " or kernels escaped the range"
+            )
     return {subject: counts[subject] for subject in subjects}
+
+
+def timed_kernels(run_dir: Path) -> dict[str, dict[str, int]]:
+    """{problem id: {subject: kernels of a call}} from the spaced timings of this run.
+
+    ncu profiles neither memsets nor memcpys.
+    """
+    return {
+        row["problem"]["id"]: {
+            name: sum(n for kernel, n in sample["kernels"].items() if kernel[:3] != "Mem")
+            for name, sample in row["attempts"][-1]["samples"].items()
+        }
+        for path in sorted((run_dir / "timing").glob("*.spaced.json"))
+        for row in read(path, "timing")["problems"]
+    }
 
 
 def profile_problem(
@@ -133,6 +163,7 @@ def profile_problem(
     report: Path,
     seed: int,
     environment: Mapping[str, str],
+    expected: Mapping[str, int],
     program: list[str] | None = None,
 ) -> tuple[str, dict[str, int]]:
     """Profile all subjects of one problem into `report`: (its sha256, kernels of each subject).
@@ -177,7 +208,7 @@ def profile_problem(
         if done.returncode or "==ERROR==" in done.stdout or not partial.is_file():
             raise NcuError(explain(done.stdout, version, problem.id) + f"\nSee {log}")
         data = partial.read_bytes()
-        counts = check_report(data, str(report), problem.id, subjects)
+        counts = check_report(data, str(report), problem.id, subjects, expected)
         os.replace(partial, report)
         return hashlib.sha256(data).hexdigest(), counts
     finally:
@@ -213,11 +244,11 @@ def run(settings: Settings, suite: str, sections: str | None, out: Path) -> Reco
     """Profile a suite and write its index. Reports that are there and valid are kept."""
     from attn_profiling.progress import progress
 
-    sections = sections or ("full" if suite == FULL else "listed")
+    sections = sections or ("full" if suite in FULL else "listed")
     if sections not in ("full", "listed"):
         raise ValueError(f"{sections=} must be full or listed")
     problems = settings.suite(suite)
-    subjects = settings.subjects_of(suite)
+    subjects = settings.subjects_of(suite, "profile")
     allowed = gate(settings.run_dir, problems, subjects)
     session = Session(settings, subjects)
     ncu = find_ncu()
@@ -232,6 +263,7 @@ def run(settings: Settings, suite: str, sections: str | None, out: Path) -> Reco
     runnable = {p.id: [n for n, why in allowed[p.id].items() if why is None] for p in problems}
     known = known_choices(settings.run_dir)
     chosen = {p.id: known.get(p.id, {}) for p in problems}
+    timed = timed_kernels(settings.run_dir)
     store = Partial(
         out.parent / ".partial" / suite,
         lambda p: content_key(
@@ -264,6 +296,7 @@ def run(settings: Settings, suite: str, sections: str | None, out: Path) -> Reco
                     report,
                     settings.measuring.seed,
                     session.environment,
+                    timed.get(problem.id, {}),
                 )
                 entry = {
                     "problem": fields[problem.id],

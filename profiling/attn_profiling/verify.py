@@ -66,8 +66,9 @@ def _peer(samples: Iterable[str]) -> str | None:
 
 
 def compare_timing(fresh: Record, recorded: Record, tolerance: float) -> list[Claim]:
-    """A claim for each subject of a suite and regime that both records time."""
+    """A claim for each subject of a suite and regime that both records time against a peer."""
     ours, theirs = _rows(fresh), _rows(recorded)
+    theirs = {problem: samples for problem, samples in theirs.items() if _peer(samples)}
     where = f"{recorded['suite']} {recorded['regime']}"
     both = [problem for problem in theirs if problem in ours]
     lost = [problem for problem in theirs if problem not in ours]
