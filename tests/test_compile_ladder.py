@@ -13,6 +13,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,8 +24,8 @@ from attn_ladder.offline import (
     inner_loops,
     overlapped,
     read_ptxas,
-    serialized,
 )
+from attn_ladder.reference import visible
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 GLUON = ("stage2_signalling", "stage3_persistent", "stage4_pipeline")
@@ -129,7 +130,7 @@ def test_every_configuration_fits(module: str) -> None:
         ctas = 65536 // (report["registers"] * report["threads"])
         assert ctas >= 1, case
         assert ctas * report["shared"] <= SHARED_LIMIT, case
-        assert serialized(report["notes"]) == [], case
+        assert report["notes"] == [], case
         # headdim 256 keeps up to eight values of a query tile in memory, outside its loops
         assert report["spill_bytes"] <= (32 if case[0] == 256 else 0), case
         for loop in report["loops"]:
@@ -210,37 +211,59 @@ def test_what_cannot_run_is_said(module: str) -> None:
     assert "page_size=16" in unsupported(Problem(**fields, headdim=64, page_size=16), (9, 0))
 
 
+def as_python(module: str, first: str, **scope: object) -> dict:
+    """Device functions of scalars, from `first` up to the loads, as plain Python."""
+    text = (KERNELS / "attn_ladder" / f"{module}.py").read_text()
+    source = text[text.index(f"def {first}(") : text.index("@gluon.jit\ndef load")]
+    source = source.replace("@gluon.jit", "").replace(".to(gl.int32)", "")
+    exec(source, scope)
+    return scope
+
+
 @pytest.mark.parametrize("num_ctas", [132, 264])
 @pytest.mark.parametrize(("seqlen", "num_heads"), [(512, 1024), (2048, 256), (8192, 64), (300, 9)])
 def test_the_lists_of_stage3_cover_every_tile_once(
     seqlen: int, num_heads: int, num_ctas: int
 ) -> None:
-    """The two list functions, read as Python: a partition of the tiles, and nearly equal work."""
-    text = (KERNELS / "attn_ladder" / "stage3_persistent.py").read_text()
-    first = text.index("def list_length")
-    source = text[first : text.index("def key_tiles")].replace("@gluon.jit", "")
-    source = source.replace(".to(gl.int32)", "")
+    """Every query tile is on one list, and all lists are nearly equal work."""
     num_m = -(-seqlen // 128)
-    heads_per_group = 1 if num_heads < 44 else 44
+    num_ctas = min(num_ctas, num_m * num_heads)
     seen, work = [], []
-    for cta in range(min(num_ctas, num_m * num_heads)):
-
-        class gl:
-            int32 = int
-            num_programs = staticmethod(lambda axis: min(num_ctas, num_m * num_heads))
-            program_id = staticmethod(lambda axis, cta=cta: cta)
-
-        scope = {"gl": gl}
-        exec(source, scope)
-        entries = [
-            scope["list_entry"](i, num_m, num_heads, heads_per_group)
-            for i in range(scope["list_length"](num_m * num_heads))
-        ]
+    for cta in range(num_ctas):
+        gl = SimpleNamespace(constexpr=None)
+        gl.num_programs = lambda axis: num_ctas
+        gl.program_id = lambda axis, cta=cta: cta
+        lists = as_python("stage3_persistent", "list_length", gl=gl, BLOCK_M=128)
+        length = lists["list_length"](num_m * num_heads)
+        entries = [lists["list_entry"](i, num_m, num_heads, 44) for i in range(length)]
         seen += entries
         work.append(sum(tile_m + 2 for _, tile_m in entries))
     assert sorted(seen) == [(h, m) for h in range(num_heads) for m in range(num_m)]
     if num_heads >= 256:
         assert max(work) <= 1.05 * sum(work) / len(work)
+
+
+@pytest.mark.parametrize("module", GLUON)
+@pytest.mark.parametrize("causal", [False, True])
+def test_key_tiles_against_the_mask(module: str, causal: bool) -> None:
+    """All that a query tile sees is in its key tiles, and those called whole need no mask."""
+    gl = SimpleNamespace(constexpr=None)
+    key_tiles = as_python(module, "key_tiles", gl=gl, BLOCK_M=128)["key_tiles"]
+    sizes = [(1, 1), (1, 700), (128, 128), (300, 413), (413, 300), (129, 64), (257, 1025)]
+    for seqlen_q, seqlen_k in sizes:
+        mask = visible(seqlen_q, seqlen_k, causal, "cpu")
+        for tile_m in range(-(-seqlen_q // 128)):
+            rows = mask[tile_m * 128 : tile_m * 128 + 128]
+            num_n, num_whole = key_tiles(tile_m, seqlen_q, seqlen_k, causal, 64)
+            keys = rows.any(0).nonzero()
+            needed = int(keys.max()) // 64 + 1 if len(keys) else 0
+            assert num_n == (max(1, needed) if module == "stage4_pipeline" else needed)
+            assert num_whole <= num_n
+            assert rows[:, : num_whole * 64].all()
+            if num_n:  # one tile more could not be called whole
+                rest = rows[:, num_whole * 64 : num_whole * 64 + 64]
+                full_tile = len(rows) == 128 and rest.shape[1] == 64
+                assert not (full_tile and rest.all())
 
 
 if __name__ == "__main__":
