@@ -12,7 +12,7 @@ SETUP = $(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed and not on PATH (o
 	attn_profiling.environment --venv $(VENV) --lock $(LOCK)
 SNAKEMAKE = $(VENV)/bin/snakemake --cores $(CORES) --workflow-profile config/profiles/default
 
-.PHONY: all results measure verify container promote test lint format lock clean
+.PHONY: all results measure verify container promote test lint lock readme clean
 .DEFAULT_GOAL := all
 
 all:
@@ -57,5 +57,9 @@ lock:
 		--python-version 3.11 --fork-strategy fewest --no-annotate --no-emit-index-url --no-emit-find-links \
 		--custom-compile-command "make lock" $$name.in -o $$name.txt || exit; done
 
+# The headline table of the README, from the recorded run.
+readme: results
+	$(VENV)/bin/python -m paper.tables readme --write
+
 clean:
-	rm -rf results .snakemake
+	rm -rf results paper/generated .snakemake
