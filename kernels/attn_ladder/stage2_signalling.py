@@ -10,7 +10,7 @@ those that the compiler puts around shared memory; they join the four warps of o
 the matrix instructions keep in step anyhow. Warpgroup 0 issues the loads for both, in program
 order, one tile ahead.
 
-What should move: CTA-wide barriers per key tile, from at least 1 to 0, and with them the `barrier`
+What should move: CTA-wide barriers per key tile, from 2 to 0, and with them the `barrier`
 share of the stall samples, to half of stage 1's. The plan promises 1.02 to 1.03 times the speed.
 
 What limits it: each query tile pays for the launch and set-up of its own CTA and waits in full for
