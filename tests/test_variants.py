@@ -1,0 +1,77 @@
+"""Variants are the top stage with one function replaced, and the stage stays as it is."""
+
+import re
+import struct
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from attn_ladder import stage5_everything
+from attn_ladder.offline import inner_loops, report
+from attn_ladder.stage import kernel_hash, subjects
+from attn_ladder.variants import fast_exp, no_persistent, no_ping_pong
+from attn_ladder.variants._copied import copied
+
+GATE = (None, (16, 2048, 16, 64), (16, 2048, 16, 64), True, 132)
+
+
+def hot_loop(kernel: str) -> Counter:
+    """Instructions of the longest loop with products, at headdim 128, full."""
+    compiled = report(kernel, {"headdim": 128, "causal": False})
+    assert compiled.spill_bytes == 0
+    loops = [Counter(name for name, _ in loop) for loop in inner_loops(compiled.sass)]
+    return max(loops, key=lambda loop: loop["MUFU.EX2"])
+
+
+def test_a_quarter_of_the_exponentials_leaves_the_mufu() -> None:
+    assert hot_loop("attn_ladder.stage5_everything:offline")["MUFU.EX2"] == 64
+    assert hot_loop("attn_ladder.variants.fast_exp:offline")["MUFU.EX2"] == 48
+
+
+def test_the_polynomial_is_exact_enough() -> None:
+    """In fp32, as the assembly computes it; the last constant off by 1 % is seen."""
+    products = "".join(x for x in fast_exp.POLYNOMIAL.splitlines() if x.startswith("fma"))
+    hexadecimal = re.findall("0f([0-9A-F]{8})", products)
+    constants = [struct.unpack(">f", bytes.fromhex(c))[0] for c in hexadecimal]
+    f = np.linspace(-0.5, 0.5, 10001, dtype=np.float32)
+
+    def error(c: list[float]) -> float:
+        p = f * np.float32(c[0]) + np.float32(c[1])
+        p = p * f + np.float32(c[2])
+        p = p * f + np.float32(c[3])
+        return float(np.abs(p / np.exp2(f.astype(np.float64)) - 1).max())
+
+    assert error(constants) < 1e-4
+    assert error([*constants[:3], constants[3] * 1.01]) > 1e-4
+
+
+def test_one_cta_per_tile() -> None:
+    cfg, shape, grid = no_persistent.schedule(*GATE)
+    assert grid == shape.num_m * shape.num_heads == 16 * 256
+    assert cfg.schedule == "static"
+    assert stage5_everything.schedule(*GATE)[2] == 132
+
+
+def test_no_turns() -> None:
+    assert not no_ping_pong.schedule(*GATE)[0].ping_pong
+    assert stage5_everything.schedule(*GATE)[0].ping_pong
+
+
+def test_what_is_replaced_is_used_by_the_copy_alone() -> None:
+    original = stage5_everything.schedule
+    copy = copied(stage5_everything, "test", schedule=len)
+    assert copy.plan.__wrapped__.__globals__["schedule"] is len
+    assert stage5_everything.schedule is original
+
+
+def test_a_name_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(ValueError, match="defines no exp3"):
+        copied(stage5_everything, "test", exp3=len)
+
+
+def test_variants_are_subjects_whose_hash_follows_the_stage() -> None:
+    names = ("fast_exp", "no_persistent", "no_ping_pong")
+    assert all(subjects()[name].kind == "variant" for name in names)
+    assert all(subjects()[name].of == "stage5" for name in names)
+    assert len({kernel_hash(name) for name in (*names, "stage5")}) == 4
