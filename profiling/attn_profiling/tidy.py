@@ -51,7 +51,7 @@ SPEEDUPS_COLUMNS = (
 )
 
 NO_REGIME = "-"
-MEDIAN, MINIMUM = "(median)", "(min)"
+MEDIAN, MINIMUM, SHORTEST = "(median)", "(min)", "(min, seqlen <= 1024)"
 """Stand in the column `problem` for a reduction over the conclusive problems of a suite."""
 BEST = "best"
 """Stands in the column `peer` for the fastest peer of each problem."""
@@ -125,8 +125,8 @@ class Run:
         for path, data in self.records():
             if data["run"] != self.device["run"]:
                 raise ValueError(
-                    f"{path}: belongs to run {data['run']!r}, device.json to {self.device['run']!r};"
-                    " a folder holds one run, ratios never cross runs"
+                    f"{path}: belongs to run {data['run']!r}, device.json to"
+                    f" {self.device['run']!r}; a folder holds one run, ratios never cross runs"
                 )
 
     def _all(self, kind: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -349,9 +349,16 @@ class Tidier:
                         ratios.setdefault(pair, []).append((problem, ratio))
             for pair, of in ratios.items():
                 dtype = "/".join(sorted({problem.dtype for problem, _ in of}))
-                for name, reduce in ((MEDIAN, np.median), (MINIMUM, np.min)):
-                    found = stats.over_problems([ratio for _, ratio in of], reduce).interval()
-                    self.speedup(suite, name, dtype, regime, *pair, found)
+                every = [ratio for _, ratio in of]
+                short = [ratio for problem, ratio in of if problem.seqlen_q <= 1024]
+                for name, ratios_of, reduce in (
+                    (MEDIAN, every, np.median),
+                    (MINIMUM, every, np.min),
+                    (SHORTEST, short, np.min),
+                ):
+                    if ratios_of:
+                        found = stats.over_problems(ratios_of, reduce).interval()
+                        self.speedup(suite, name, dtype, regime, *pair, found)
 
     def _timed_problem(
         self, suite: str, problem: Problem, regime: str, samples: Mapping[str, Any]
@@ -464,14 +471,23 @@ class Tidier:
             suite = data["suite"]
             latencies: dict[str, dict[int, tuple[Problem, stats.Replicates]]] = {}
             for entry, problem in self.entries(path, data):
+                fa3 = entry["samples"].get(REFERENCE_PEER)
+                if self.is_stale(path, data, REFERENCE_PEER):
+                    fa3 = None
                 for subject, taken in entry["samples"].items():
                     if self.is_stale(path, data, subject):
                         continue
                     drawn = {n: stats.replicates(taken[n]) for n in _HOST if taken[n]}
-                    for name, found in drawn.items():
+                    if fa3 and subject != REFERENCE_PEER:
+                        base = stats.replicates(fa3["eager_host_us"])
+                        cost = drawn["eager_host_us"].map(lambda us, fa3_us: us / fa3_us, base)
+                        found = cost.interval()
                         self.interval(
-                            suite, problem, subject, NO_REGIME, name, "us", found.interval()
+                            suite, problem, subject, NO_REGIME, "host_over_fa3", "1", found
                         )
+                    for name, sampled in drawn.items():
+                        found = sampled.interval()
+                        self.interval(suite, problem, subject, NO_REGIME, name, "us", found)
                     self._launch_share(suite, problem, subject, drawn)
                     by_batch = latencies.setdefault(subject, {})
                     by_batch[problem.batch] = (problem, drawn["eager_latency_us"])
@@ -496,6 +512,21 @@ class Tidier:
             if latency in latencies:
                 share = latencies[latency].map(lambda us, gpu: 100 * (1 - gpu / us), timed[1])
                 self.interval(suite, problem, subject, NO_REGIME, name, "%", share.interval())
+
+    def energy_over_fa3(self) -> None:
+        """Energy of a call over that of FA3, where both were read."""
+        rows = [
+            r for r in self.tables.metrics
+            if (r["metric"], r["statistic"]) == ("energy_mj", "median")
+        ]  # fmt: skip
+        energy = {(r["suite"], r["problem"], r["regime"], r["subject"]): r["value"] for r in rows}
+        for (suite, problem, regime, subject), value in energy.items():
+            base = energy.get((suite, problem, regime, REFERENCE_PEER))
+            if base and subject != REFERENCE_PEER and "#" not in subject:
+                self.metric(
+                    suite, self.known[problem], subject, regime, "energy_over_fa3", "1",
+                    value=value / base,
+                )  # fmt: skip
 
     def per_sequence_gpu(self) -> None:
         """GPU time per sequence at batch 1 over larger batches, where a suite varies the batch."""
@@ -538,7 +569,8 @@ class Tidier:
                     if len(found) != expected:
                         raise ncu_rep.BadReport(
                             f"{file}: {len(found)} kernels in NVTX range {name}, the record says"
-                            f" {expected}; the report is truncated or from another run: profile again"
+                            f" {expected}; the report is truncated or from another run: profile"
+                            " again"
                         )
                     where = f"{file} ({name}, ncu {version})"
                     call = metrics.combine(found, problem, where)
@@ -605,6 +637,7 @@ class Tidier:
         self.checks()
         self.timings()
         self.per_sequence_gpu()
+        self.energy_over_fa3()
         self.hosts()
         self.profiles()
         self.tables.provenance = self.provenance()

@@ -38,7 +38,7 @@ LEAST = 3
 """Fewer processes, or problems for a counter, decide nothing."""
 ALL_SUITES = "(all)"
 AA = "A/A"
-"""The control of a ratio of times: the same kernel twice, whose departure from 1 widens its interval."""
+"""Control of a ratio of times: a kernel against itself; its departure from 1 widens intervals."""
 
 Row = dict[str, str]
 
@@ -88,7 +88,7 @@ class Hypothesis:
             return f"speedup over {witness['peer']}, {witness['problem']}"
         if witness["kind"] == "measured":
             return f"{witness['metric']}, {witness['problem']}"
-        reduce = witness.get("reduce", "median")
+        reduce = witness.get("problem") or witness.get("reduce", "median")
         return str(witness["metric"]) + ("" if reduce == "median" else f" ({reduce})")
 
 
@@ -189,10 +189,13 @@ class Evidence:
         keys = ("suite", "regime", "subject", "peer", "problem")
         self.speedups = {tuple(row[c] for c in keys): row for row in speedups}
 
-    def values(self, suite: str, regime: str, subject: str, metric: str) -> list[float]:
-        """A metric of every problem of a suite."""
+    def values(
+        self, suite: str, regime: str, subject: str, metric: str, only: str | None = None
+    ) -> list[float]:
+        """A metric of every problem of a suite, or of one of them."""
         by_problem = self.by_metric.get((suite, regime, subject, metric), {})
-        return [v.get("value", v.get("median", float("nan"))) for v in by_problem.values()]
+        kept = [v for problem, v in by_problem.items() if only in (None, problem)]
+        return [v["value"] if "value" in v else v["median"] for v in kept]
 
     def noise_floor(self, suite: str, regime: str) -> float:
         """How far the A/A pairs of the conclusive problems of a suite depart from 1."""
@@ -231,7 +234,7 @@ class Evidence:
                 processes,
                 int(values["n"]),
             )
-        found = self.values(suite, regime, subject, witness["metric"])
+        found = self.values(suite, regime, subject, witness["metric"], witness.get("problem"))
         if not found:
             return None
         reduce = witness.get("reduce", "median")
