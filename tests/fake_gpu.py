@@ -12,6 +12,8 @@ from attn_ladder.reference import attention_reference
 from attn_profiling.activity import Activity
 from attn_profiling.device import Gpu
 
+torch.set_num_threads(1)  # the tensors here are tiny
+
 SMALL = Problem(
     id="small", suites=("tiny",), dtype="fp16", batch=2, seqlen_q=32, seqlen_k=48, nheads=4,
     nheads_k=2, headdim=16, causal=True,

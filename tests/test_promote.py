@@ -3,6 +3,8 @@
 import json
 import lzma
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import synthetic
@@ -20,9 +22,9 @@ CONFIG = {
 }
 
 
-@pytest.fixture
-def run(tmp_path):
-    maker = synthetic.Maker(tmp_path / "runs" / "one")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    maker = synthetic.Maker(tmp_path_factory.mktemp("made"))
     maker.device()
     maker.check("smoke")
     maker.timing("smoke", "spaced")
@@ -35,6 +37,12 @@ def run(tmp_path):
     (maker.folder / "logs").mkdir()
     (maker.folder / "logs" / "x.log").touch()
     return maker.folder
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of the run to break."""
+    return Path(shutil.copytree(made, tmp_path / "runs" / "one"))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Raw files: checked when read, whole when written, stale when their source changed."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,16 +13,24 @@ from attn_profiling import record
 from attn_profiling.record import RecordError
 
 
-@pytest.fixture
-def maker(tmp_path):
-    maker = synthetic.Maker(tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    maker = synthetic.Maker(tmp_path_factory.mktemp("made"))
     maker.device()
     maker.check("smoke")
     maker.timing("smoke", "spaced")
     maker.timing("smoke", "sustained")
     maker.host("smoke")
     maker.ncu("smoke")
-    return maker
+    return maker.folder
+
+
+@pytest.fixture
+def maker(made, tmp_path):
+    """A copy of the run to break."""
+    folder = tmp_path / "run"
+    shutil.copytree(made, folder)
+    return SimpleNamespace(folder=folder)
 
 
 FILES = {
@@ -197,9 +206,9 @@ def test_settings_name_the_wrong_key(tmp_path):
         settings.load(path, tmp_path)
     path.write_text(json.dumps({"subjects": ["stage1", "fa3"]}))
     chosen = settings.load(path, tmp_path)
-    assert chosen.subjects_of("grid") == ("stage1", "fa3")
+    assert chosen.subjects_of("grid", "check") == ("stage1", "fa3")
     with pytest.raises(ValueError, match="'control' has no subject among stage1, fa3"):
-        chosen.subjects_of("control")
+        chosen.subjects_of("control", "check")
 
 
 def test_a_header_has_all_its_fields(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """A fresh run against the recorded one: the same passes, a planted slow-down does not."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import synthetic
@@ -10,8 +12,17 @@ from attn_profiling import verify
 from attn_profiling.cli import app
 from attn_profiling.verify import NotComparable, judge
 
+FRESH = {}
+
 
 def make(folder, seed, **noise):
+    """A run that a test may change."""
+    if noise:
+        return written(folder, seed, **noise)
+    return Path(shutil.copytree(FRESH[seed], folder / "run"))
+
+
+def written(folder, seed, **noise):
     maker = synthetic.Maker(folder, seed, **noise)
     maker.device()
     maker.check("smoke")
@@ -21,7 +32,13 @@ def make(folder, seed, **noise):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("recorded"), 1)
+    return written(tmp_path_factory.mktemp("recorded"), 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh(tmp_path_factory):
+    """The untouched run that tests copy."""
+    FRESH[2] = written(tmp_path_factory.mktemp("fresh"), 2)
 
 
 def verdicts(claims, word="against"):
