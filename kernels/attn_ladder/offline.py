@@ -2,27 +2,32 @@
 
 Triton's wheel carries ptxas and nvdisasm, so registers, spills, shared memory, ptxas notes and
 machine code can be checked on any machine. A wrong target aborts the whole process, so tests go
-through `report`, which compiles in a subprocess:
+through `report` and `reports`, which compile in subprocesses:
 
     report("attn_ladder.stage5_everything:offline", {"headdim": 64, "causal": True})
 
 where `offline(headdim=..., causal=...)` returns the fields of a `Source` as a dict. A stage needs
 to import nothing from here, so that a change here leaves its kernel hash alone.
 
-`python -m attn_ladder.offline module:function '{"headdim": 64}'` prints one report as JSON.
+`python -m attn_ladder.offline module:function '{"headdim": 64}'` prints a report as JSON; more
+arguments, more reports.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +61,10 @@ def descriptor(dtype: str, block: list[int], layout: Any) -> str:
     return f"tensordesc<{dtype}{block},{layout!r}>"
 
 
-def compile_ptx(source: Source, capability: int = 90) -> tuple[str, int]:
-    """PTX and shared-memory bytes of a kernel, compiled in this process."""
+def compile_kernel(source: Source, capability: int = 90) -> tuple[Any, str]:
+    """Triton's compiled kernel and what ptxas said, which is nothing if it came from a cache."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -72,8 +78,23 @@ def compile_ptx(source: Source, capability: int = 90) -> tuple[str, int]:
     constexprs = {(names.index(name),): value for name, value in source.constexprs.items()}
     ast_source = make(source.kernel, {name: known[name] for name in names}, constexprs, {})
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(ast_source, target=target, options={"num_warps": source.num_warps})
-    return compiled.asm["ptx"], compiled.metadata.shared
+    options = {"num_warps": source.num_warps}
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(ast_source, target=target, options=options)
+    return compiled, log.getvalue()
+
+
+def disassemble(cubin: bytes) -> str:
+    """nvdisasm's text of a binary."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def assemble(ptx: str, arch: str = "sm_90a") -> tuple[str, str]:
@@ -108,25 +129,51 @@ def read_ptxas(log: str) -> tuple[int, int, tuple[str, ...]]:
 
 def compile_offline(source: Source, capability: int = 90, arch: str = "sm_90a") -> Report:
     """Compile and assemble in this process."""
-    ptx, shared = compile_ptx(source, capability)
-    log, sass = assemble(ptx, arch)
+    compiled, log = compile_kernel(source, capability)
+    if "Used" in log:
+        sass = disassemble(compiled.asm["cubin"])
+    else:
+        log, sass = assemble(compiled.asm["ptx"], arch)
     registers, spill_bytes, notes = read_ptxas(log)
-    return Report(registers, spill_bytes, shared, notes, sass, ptx)
+    shared = compiled.metadata.shared
+    return Report(registers, spill_bytes, shared, notes, sass, compiled.asm["ptx"])
+
+
+def _compile_in_child(
+    factory: str, arguments: Sequence[Mapping[str, Any]], timeout: float
+) -> list[Report]:
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment.pop("TRITON_INTERPRET", None)
+    texts = [json.dumps(dict(values)) for values in arguments]
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-m", "attn_ladder.offline", factory, *texts],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**environment, "TRITON_CACHE_DIR": cache},
+        )
+    lines = done.stdout.splitlines()
+    if done.returncode or len(lines) != len(texts):
+        raise RuntimeError(f"compiling {factory} {texts[len(lines)]} failed: {done.stderr[-3000:]}")
+    read = [json.loads(line) for line in lines]
+    return [Report(**{**values, "notes": tuple(values["notes"])}) for values in read]
+
+
+def reports(
+    factory: str, arguments: Sequence[Mapping[str, Any]], workers: int = 2, timeout: float = 300
+) -> list[Report]:
+    """Compile in subprocesses what `module:function` returns for each of `arguments`."""
+    chunks = [list(arguments[i::workers]) for i in range(workers)]
+    with ThreadPoolExecutor(workers) as pool:
+        done = list(pool.map(lambda c: _compile_in_child(factory, c, timeout) if c else [], chunks))
+    return [done[i % workers][i // workers] for i in range(len(arguments))]
 
 
 def report(factory: str, arguments: Mapping[str, Any], timeout: float = 120) -> Report:
     """Compile in a subprocess what `module:function`, called with `arguments`, returns."""
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "attn_ladder.offline", factory, json.dumps(dict(arguments))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-    if done.returncode:
-        raise RuntimeError(
-            f"compiling {factory} with {dict(arguments)} failed: {done.stderr[-3000:]}"
-        )
-    values = json.loads(done.stdout.splitlines()[-1])
-    return Report(**{**values, "notes": tuple(values["notes"])})
+    return _compile_in_child(factory, [arguments], timeout)[0]
 
 
 def serialized(notes: tuple[str, ...]) -> list[str]:
@@ -177,10 +224,18 @@ def overlapped(body: list[tuple[str, str]], opcode: str = "MUFU.EX2") -> int:
     return best
 
 
-def _main(factory: str, arguments: str) -> None:
+def longest_run(body: list[tuple[str, str]], opcode: str = "MUFU.EX2") -> int:
+    """The most `opcode` that follow each other with nothing in between."""
+    runs = groupby(name.startswith(opcode) for name, _ in body)
+    return max((len(list(run)) for found, run in runs if found), default=0)
+
+
+def _main(factory: str, *arguments: str) -> None:
     module, function = factory.split(":")
-    source = Source(**getattr(import_module(module), function)(**json.loads(arguments)))
-    print(json.dumps(asdict(compile_offline(source))))
+    make = getattr(import_module(module), function)
+    for values in arguments:
+        compiled = compile_offline(Source(**make(**json.loads(values))))
+        print(json.dumps(asdict(compiled)), flush=True)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ def subjects() -> dict[str, Subject]:
                 if one.name in found:
                     raise ValueError(f"{path}: the subject name {one.name!r} is used twice")
                 found[one.name] = one
-    return found
+    order = [kind for _, kind in _KINDS.values()]
+    return {s.name: s for s in sorted(found.values(), key=lambda s: order.index(s.kind))}
 
 
 def subject(name: str) -> Subject:
@@ -133,8 +134,14 @@ def subject(name: str) -> Subject:
 
 
 def in_suite(name: str, suite: str) -> bool:
-    """Whether a subject is measured in a suite: controls in `control` alone, nothing else there."""
-    return (subject(name).kind == "control") == (suite == "control")
+    """Whether a subject is measured in a suite.
+
+    Controls are measured in `control` alone, and nothing else there; variants only in `variant`.
+    """
+    kind = subject(name).kind
+    if kind == "variant":
+        return suite == "variant"
+    return (kind == "control") == (suite == "control")
 
 
 def load(name: str) -> ModuleType | SimpleNamespace:

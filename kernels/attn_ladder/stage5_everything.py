@@ -63,7 +63,8 @@ class Config:
     num_buffers: int = 2  # depth of the rings of K and V
     num_q_buffers: int = 1
     q_in_registers: bool = True
-    ping_pong: bool = True
+    ping_pong: bool = True  # the consumers take turns to issue products
+    overlap: str = "own"  # softmax runs under the consumer's own P·V, or only under "others"
     half_diagonal: bool = False  # the first consumer skips the hidden half of the diagonal block
     cross_tile: bool = False  # the next tile's first product runs under the epilogue
     schedule: str = "static"  # or "pairs" of a long and a short tile, or "dynamic"
@@ -78,7 +79,8 @@ class Config:
             (self.num_buffers >= 2, "num_buffers", "to be at least 2"),
             (self.num_q_buffers >= 1, "num_q_buffers", "to be at least 1"),
             (self.schedule in ("static", "pairs", "dynamic"), "schedule", "a known order"),
-            (self.consumers == 2 or not self.ping_pong, "ping_pong", "2 consumers"),
+            (self.overlap in ("own", "others"), "overlap", "to be own or others"),
+            (self.ping_pong or self.overlap == "own", "overlap", "ping_pong to be others"),
             (square or not (self.ragged and self.causal), "ragged", "128 x 128 tiles if causal"),
             (not self.half_diagonal or square and self.causal and not self.ragged,
              "half_diagonal", "128 x 128 tiles, causal and not ragged"),
@@ -96,9 +98,9 @@ class Config:
 def choose_config(headdim: int, causal: bool, seqlen_k: int, ragged: bool = False) -> Config:
     """The best configuration measured; the numbers are ratios to FA3 on an H100, launches spaced,
     16k tokens, hidden 2048, seqlen from 512 to 16k."""
-    three = dict(consumers=3, num_buffers=3, q_in_registers=False, ping_pong=False)
+    three = dict(consumers=3, num_buffers=3, q_in_registers=False, overlap="others")
     order = {"schedule": "dynamic"}  # longest first: 1 to 2 % from 4k on
-    if seqlen_k <= (2048 if headdim == 128 else 512):
+    if seqlen_k <= (2048 if headdim == 128 else 512) and not ragged:
         order = {"schedule": "pairs"}  # 0.5 to 2 % better than the counter
     if headdim == 128 and not causal:
         config = Config(128, False)  # 1.11, 1.12, 1.12, 1.11, 1.11, 1.14
@@ -111,8 +113,8 @@ def choose_config(headdim: int, causal: bool, seqlen_k: int, ragged: bool = Fals
     elif causal:  # 1.29, 1.33, 1.13, 1.11: groups of 16 MB beat 32 MB, ping-pong is worth 4 %
         config = Config(64, True, num_buffers=3, half_diagonal=True, l2_bytes=16 << 20, **order)
     elif seqlen_k <= 1024 or ragged:
-        config = Config(64, False, num_buffers=3, cross_tile=True)  # 1.33, 1.32
-    else:  # 1.15, 1.13, 1.08, 1.08: the overlap across tiles is worth 1.5 to 2 %
+        config = Config(64, False, num_buffers=3, cross_tile=True, overlap="others")  # 1.40, 1.37
+    else:  # 1.21, 1.20, 1.16, 1.17; softmax under the own product as well: 1.13, 1.12, 1.08, 1.08
         config = Config(64, False, num_q_buffers=2, cross_tile=True, **three)
     if ragged:  # one more mask: at headdim 128 no register is left for Q
         config = replace(config, ragged=True, half_diagonal=False, q_in_registers=headdim == 64)
@@ -142,9 +144,15 @@ def turn_asm(operation, index):
     return f"bar.{operation} {8 + index}, 256; mov.b32 $0, $1;"
 
 
+@gluon.constexpr_function
+def after(index, cfg):
+    return (index + 1) % cfg.consumers
+
+
 @gluon.jit
 def take_turn(OPERATION: gl.constexpr, INDEX: gl.constexpr, cfg: gl.constexpr):
-    """`sync` or `arrive` of the two consumers on a hardware barrier that Triton leaves free."""
+    """Wait for the turn of consumer INDEX (`sync`) or hand it on to it (`arrive`), on a hardware
+    barrier of two consumers that Triton leaves free."""
     if cfg.ping_pong:
         thread = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
         gl.inline_asm_elementwise(
@@ -379,8 +387,10 @@ def key_step(
     q, p, acc, l_i, m_i, k_ring, v_ring, it, lowest, qk_scale,
     WG: gl.constexpr, P_COLUMNS: gl.constexpr, LOWEST: gl.constexpr, cfg: gl.constexpr,
 ):  # fmt: skip
-    """Q·Kᵀ of the next block and P·V of this one in flight; the next softmax under P·V.
+    """Q·Kᵀ of the next block and P·V of this one, and the next softmax.
 
+    With overlap "own" the turn ends when the products are issued, and the softmax runs under P·V;
+    with "others" it ends when they are complete, and the softmax runs under those of the others.
     p [64, P_COLUMNS] of this block, acc [64, headdim], l_i [64, 8], m_i [64]. LOWEST says that the
     next block begins at key `lowest`, which may be negative.
     """
@@ -396,17 +406,26 @@ def key_step(
     mbarrier.wait(v_ring[1].index(slot), (it // cfg.num_buffers) & 1)
     v = v_ring[0].index(slot).reshape([N, cfg.headdim]).slice(0, P_COLUMNS, dim=0)
     acc = warpgroup_mma(p, v, acc, is_async=True)
-    take_turn("arrive", 1 - WG, cfg)
-    s, acc = warpgroup_mma_wait(1, deps=[s, acc])
-    release(k_ring, k_slot)
+    if cfg.overlap == "own":
+        take_turn("arrive", after(WG, cfg), cfg)
+        s, acc = warpgroup_mma_wait(1, deps=[s, acc])
+        release(k_ring, k_slot)
+    else:
+        s, acc = warpgroup_mma_wait(0, deps=[s, acc])
+        take_turn("arrive", after(WG, cfg), cfg)
+        release(k_ring, k_slot)
+        release(v_ring, slot)
     if LOWEST:
         offs_n = lowest + gl.arange(0, N, gl.SliceLayout(0, layout))
         s = gl.where((offs_n >= 0)[None, :], s, -float("inf"))
     p = exp2(s * qk_scale - m_i[:, None])
-    l_i = pin(l_i + gl.convert_layout(thread_sums(p), l_i.type.layout))
-    acc, p, l_i = warpgroup_mma_wait(0, deps=[acc, p, l_i])
+    l_i = l_i + gl.convert_layout(thread_sums(p), l_i.type.layout)
+    if cfg.overlap == "own":
+        l_i = pin(l_i)
+        acc, p, l_i = warpgroup_mma_wait(0, deps=[acc, p, l_i])
     p = gl.convert_layout(p.to(v_ring[0].dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
-    release(v_ring, slot)
+    if cfg.overlap == "own":
+        release(v_ring, slot)
     return p, acc, l_i
 
 
@@ -540,6 +559,8 @@ def softmax_partition(
                 release(k_ring, it % DEPTH)
                 mbarrier.wait(v_ring[1].index(it % DEPTH), (it // DEPTH) & 1)
                 release(v_ring, it % DEPTH)
+                take_turn("sync", WG, cfg)  # every consumer takes as many turns a tile
+                take_turn("arrive", after(WG, cfg), cfg)
                 it += 1
             n = seen
         if not cfg.cross_tile:

@@ -387,7 +387,7 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
     from attn_profiling.progress import progress
 
     problems = settings.suite(suite)
-    subjects = settings.subjects_of(suite)
+    subjects = settings.subjects_of(suite, "check")
     session = Session(settings, subjects)
     capability = session.gpu.capability
     seed = settings.measuring.seed

@@ -186,12 +186,15 @@ def validate(config: Config, root: Path) -> Selection:
                 )
 
     names = list(known_subjects())
+    lists = {f"only.{where}": some for where, some in config["only"].items()}
     if config["subjects"] != "all":
-        for name in config["subjects"]:
+        lists["subjects"] = config["subjects"]
+    for key, some in lists.items():
+        for name in some:
             if name not in names:
                 raise ConfigError(
-                    f"config: subjects: {name!r} is unknown{_closest(name, names)}; known"
+                    f"config: {key}: {name!r} is unknown{_closest(name, names)}; known"
                     f" subjects: {', '.join(names)}"
                 )
-        names = [name for name in names if name in config["subjects"]]
+    names = [name for name in names if name in lists.get("subjects", names)]
     return Selection(tuple(names), chosen)

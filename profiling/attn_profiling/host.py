@@ -144,7 +144,7 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
 
     measuring = settings.measuring
     problems = settings.suite(suite)
-    subjects = settings.subjects_of(suite)
+    subjects = settings.subjects_of(suite, "host")
     allowed = gate(settings.run_dir, problems, subjects)
     session = Session(settings, subjects)
     fields = {p.id: problem_fields(p) for p in problems}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ class Measuring:
 
     processes: int = 3
     rounds: int = 30
-    gap_us: float = 400
+    gap_us: float = 1000
     sustained_ms: float = 250
     sustained_bursts: int = 2
     warmup_rounds: int = 3
@@ -30,13 +31,13 @@ class Measuring:
     host_calls: int = 300
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for each in fields(self):
+            value = getattr(self, each.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"measuring.{field.name}={value!r} must be a number")
-            least = 0 if field.name in ("seed", "aa_tolerance", "warmup_rounds") else 1
+                raise ValueError(f"measuring.{each.name}={value!r} must be a number")
+            least = 0 if each.name in ("seed", "aa_tolerance", "warmup_rounds") else 1
             if value < least:
-                raise ValueError(f"measuring.{field.name}={value} must be at least {least}")
+                raise ValueError(f"measuring.{each.name}={value} must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,18 @@ class Settings:
     measuring: Measuring
     fa3_module: str
     constraints: Path
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def measuring_fields(self) -> dict[str, float]:
         """The measuring numbers as they stand in a record."""
         return asdict(self.measuring)
 
-    def subjects_of(self, suite: str) -> tuple[str, ...]:
-        """The subjects that are measured in a suite. Raises `ValueError` if there are none."""
-        chosen = tuple(name for name in self.subjects if in_suite(name, suite))
+    def subjects_of(self, suite: str, step: str) -> tuple[str, ...]:
+        """The subjects that a suite has in a step (`check`, `spaced`, `sustained`, `host`,
+        `profile`). Raises `ValueError` if there are none."""
+        kept = set(self.only.get(step, self.subjects)) & set(self.only.get(suite, self.subjects))
+        chosen = tuple(n for n in self.subjects if n in kept and in_suite(n, suite))
         if not chosen:
             raise ValueError(
                 f"{suite=} has no subject among {', '.join(self.subjects)}; name others in the"
@@ -82,7 +86,7 @@ def load(config: Path, run_dir: Path) -> Settings:
     except json.JSONDecodeError as error:
         raise ValueError(f"--config {config}: not valid JSON: {error}") from None
     given = data.get("measuring", {})
-    known = {field.name for field in fields(Measuring)}
+    known = {each.name for each in fields(Measuring)}
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(
@@ -99,4 +103,8 @@ def load(config: Path, run_dir: Path) -> Settings:
         measuring=Measuring(**given),
         fa3_module=data.get("fa3_module", "fa3_fwd_interface"),
         constraints=Path(data.get("constraints", "config/constraints.yaml")),
+        only={
+            where: tuple(subject(name).name for name in names)
+            for where, names in data.get("only", {}).items()
+        },
     )

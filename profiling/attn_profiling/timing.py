@@ -307,7 +307,7 @@ def run(settings: Settings, suite: str, regime: str, out: Path) -> Record:
         raise ValueError(f"{regime=} must be one of {', '.join(REGIMES)}")
     measuring = settings.measuring
     problems = settings.suite(suite)
-    subjects = settings.subjects_of(suite)
+    subjects = settings.subjects_of(suite, regime)
     allowed = gate(settings.run_dir, problems, subjects)
     session = Session(settings, subjects)
     fields = {p.id: problem_fields(p) for p in problems}
