@@ -90,12 +90,19 @@ def test_a_wrong_python_is_refused(monkeypatch):
 
 
 def test_a_python_without_venv_is_refused(bare, monkeypatch):
-    def broken():
-        raise ImportError("no ensurepip")
-
-    monkeypatch.setattr(environment.ensurepip, "version", broken)
+    executable(bare / "python3", "echo \"No module named 'ensurepip'\" >&2; exit 1")
+    monkeypatch.setattr(environment.sys, "executable", str(bare / "python3"))
     with pytest.raises(environment.Missing, match="apt-get install python3-venv"):
         environment.check_python()
+
+
+def test_root_on_debian_installs_venv(bare, monkeypatch):
+    installed = []
+    monkeypatch.setattr(environment, "_may_install", lambda: True)
+    monkeypatch.setattr(environment, "_apt", installed.extend)
+    monkeypatch.setattr(environment, "_makes_environments", lambda: bool(installed))
+    environment.check_python()
+    assert installed == ["python3-venv"]
 
 
 def test_a_second_time_installs_nothing(pip, tmp_path):

@@ -7,7 +7,6 @@ library. It says what is missing, and how to get it, before it changes anything.
 from __future__ import annotations
 
 import argparse
-import ensurepip
 import hashlib
 import os
 import re
@@ -92,6 +91,12 @@ def ensure_tex(need: str) -> None:
         print(f"note: {tex_message(missing)}", file=sys.stderr)
 
 
+def _makes_environments() -> bool:
+    """Whether this Python can; Debian's cannot without the package python3-venv."""
+    probe = [sys.executable, "-c", "import ensurepip, venv"]
+    return subprocess.run(probe, stderr=subprocess.DEVNULL).returncode == 0
+
+
 def check_python() -> None:
     """Raise `Missing` where this is the wrong Python or cannot make virtual environments."""
     if sys.version_info[:2] not in PYTHONS:
@@ -99,15 +104,13 @@ def check_python() -> None:
         raise Missing(
             f"this is Python {found}; 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.11"
         )
-    try:
-        ensurepip.version()
-    except Exception:  # Debian's python3 without python3-venv ships a stub that raises
-        if not _may_install():
-            raise Missing(
-                "this Python cannot make virtual environments: its ensurepip is missing. "
-                "On Debian or Ubuntu: apt-get install python3-venv"
-            ) from None
+    if not _makes_environments() and _may_install():
         _apt(["python3-venv"])
+    if not _makes_environments():
+        raise Missing(
+            "this Python cannot make virtual environments: its ensurepip is missing."
+            " On Debian or Ubuntu: apt-get install python3-venv"
+        )
 
 
 def lock_files(lock: str) -> list[Path]:
