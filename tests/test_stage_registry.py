@@ -1,5 +1,6 @@
 """Subjects are found by reading files, and a kernel hash follows the code and nothing else."""
 
+import ast
 import shutil
 from pathlib import Path
 
@@ -119,3 +120,14 @@ def test_another_subject_does_not_count(package):
     before = stage.kernel_hash("rival")
     text = SUBJECT.replace("double(q)", "double(q) + 1")
     assert hash_after(package / "stage1_one.py", text, "rival") == before
+
+
+def test_the_hash_does_not_know_the_version_of_python():
+    """Fields that later versions add to the syntax tree are empty and do not count."""
+    tree = ast.parse("def f(x):\n    return x\n")
+    before = stage._text(tree)
+    tree.body[0]._fields = (*tree.body[0]._fields, "type_params")
+    tree.body[0].type_params = []
+    assert stage._text(tree) == before
+    tree.body[0].type_params = [ast.Name("T")]
+    assert stage._text(tree) != before

@@ -178,14 +178,25 @@ def _imported_files(tree: ast.Module) -> list[Path]:
     return files
 
 
-def _stripped(tree: ast.Module) -> str:
+def _stripped(tree: ast.Module) -> ast.Module:
+    """The tree without its docstrings."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             value = body[0].value
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
-    return ast.dump(tree, annotate_fields=False)
+    return tree
+
+
+def _text(node: object) -> str:
+    """A syntax tree as text. Empty fields are left out: later versions of Python add some."""
+    if isinstance(node, ast.AST):
+        parts = [f"{k}={_text(v)}" for k, v in ast.iter_fields(node) if v is not None and v != []]
+        return f"{type(node).__name__}({','.join(parts)})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_text, node))}]"
+    return repr(node)
 
 
 @cache
@@ -203,6 +214,6 @@ def kernel_hash(name: str) -> str:
             continue
         seen.add(path)
         tree = ast.parse(path.read_text())
-        digest.update(_stripped(tree).encode())
-        pending += _imported_files(ast.parse(path.read_text()))
+        pending += _imported_files(tree)
+        digest.update(_text(_stripped(tree)).encode())
     return digest.hexdigest()[:16]
