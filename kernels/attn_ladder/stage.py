@@ -206,11 +206,11 @@ def kernel_hash(name: str) -> str:
     Hashed is the syntax tree, without docstrings and comments, of the subject's file and of every
     file of this package that it imports, directly or not. Its configurations are part of that file.
     """
-    this_file = Path(__file__)
-    pending, seen, digest = [subject(name).path], set(), hashlib.sha256()
+    seen = {Path(__file__), PACKAGE / "problem.py"}  # they describe; nothing of them runs
+    pending, digest = [subject(name).path], hashlib.sha256()
     while pending:
         path = pending.pop(0)
-        if path in seen or path == this_file:
+        if path in seen:
             continue
         seen.add(path)
         tree = ast.parse(path.read_text())
