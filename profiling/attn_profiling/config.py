@@ -20,6 +20,7 @@ from attn_ladder.problem import Problem, read_problems, select
 from attn_ladder.stage import subjects as known_subjects
 
 Config = Mapping[str, Any]
+STEPS = ("check", "spaced", "sustained", "host", "profile")
 
 
 class ConfigError(ValueError):
@@ -185,6 +186,13 @@ def validate(config: Config, root: Path) -> Selection:
                     " suite that holds it"
                 )
 
+    places = [*STEPS, *suites_there]
+    for place in config["only"]:
+        if place not in places:
+            raise ConfigError(
+                f"config: 'only.{place}' is neither a step nor a suite{_closest(place, places)};"
+                f" known: {', '.join(places)}"
+            )
     names = list(known_subjects())
     lists = {f"only.{where}": some for where, some in config["only"].items()}
     if config["subjects"] != "all":
