@@ -10,9 +10,22 @@ from typing import Any
 from attn_ladder import stage
 from attn_ladder.problem import Problem, read_problems
 from attn_profiling import device, model, verdict
-from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, NO_REGIME, REFERENCE_PEER
+from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, NO_REGIME, REFERENCE_PEER, SHORTEST
 
-__all__ = ["BEST", "MEDIAN", "MINIMUM", "NO_REGIME", "REFERENCE_PEER", "Evidence", "Value", "load"]
+__all__ = [
+    "BEST",
+    "MEDIAN",
+    "MINIMUM",
+    "NO_REGIME",
+    "REFERENCE_PEER",
+    "SHORTEST",
+    "Evidence",
+    "Value",
+    "interval",
+    "label",
+    "load",
+    "number",
+]
 
 SHORT = {"fa3": "FA3", "fa4": "FA4", "fa2": "FA2", "cudnn": "cuDNN"}
 
@@ -90,12 +103,14 @@ class Evidence:
         """The problems of a suite, in file order."""
         return [p for p in self.problems.values() if name in p.suites]
 
-    def roofline(self, suite: str, problem: Problem, subject: str | None) -> model.Roofline:
+    def roofline(
+        self, suite: str, problem: Problem, subject: str | None, regime: str = "spaced"
+    ) -> model.Roofline:
         """The model's times at the clock measured for a subject, at boost where none was read."""
         known = device.device(self.provenance["device"])
         clock = None
         if subject:
-            clock = self.metric(suite, problem.id, subject, "clock_mhz", "spaced")
+            clock = self.metric(suite, problem.id, subject, "clock_mhz", regime)
         copy = self.provenance["ceilings"]["copy_bytes_per_s"]["value"]
         mhz = clock.value if clock else float(known.boost_clock_mhz)
         return model.roofline(problem, known, mhz, copy)

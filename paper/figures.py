@@ -39,6 +39,7 @@ plt.rcParams.update(
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
+        "axes.axisbelow": True,
         "grid.color": "#e4e4e4",
         "grid.linewidth": 0.6,
         "lines.linewidth": 1.1,

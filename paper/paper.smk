@@ -12,7 +12,7 @@ EVIDENCE = [
 ]
 TABLES = expand(
     "paper/generated/{name}.tex",
-    name="grid grid_fp16 ladder which_fa3 published constraints verdicts criteria witnesses stalls host regimes"
+    name="grid grid_fp16 ladder variants which_fa3 published constraints verdicts criteria witnesses stalls host regimes"
     " roofline checks left_out stages".split(),
 )
 FIGURES = expand(

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -22,11 +23,13 @@ from attn_ladder.problem import Problem
 from attn_profiling import metrics, model
 from attn_profiling.record import write_text
 from attn_profiling.tidy import csv_text
+from attn_profiling.verdict import Hypothesis
 from paper.evidence import (
     BEST,
     MEDIAN,
     MINIMUM,
     REFERENCE_PEER,
+    SHORTEST,
     Evidence,
     Value,
     interval,
@@ -142,7 +145,7 @@ def grid(evidence: Evidence, suite: str = "grid") -> Table:
             ratios.append(number(sustained, 2) + _dagger(evidence, suite, problem, "sustained"))
         rows.append([*shape(problem), *cells, *ratios])
         rows[-1][2] += _dagger(evidence, suite, problem)
-    for name, word in ((MEDIAN, "median"), (MINIMUM, "smallest")):
+    for name, word in ((MEDIAN, "median"), (MINIMUM, "least"), (SHORTEST, "least to 1024")):
         ratios = [interval(evidence.speedup(suite, name, top, p)) for p in against]
         if suite == "grid":
             found = evidence.speedup(suite, name, top, REFERENCE_PEER, "sustained")
@@ -176,7 +179,7 @@ def ladder(evidence: Evidence) -> Table:
     problem = evidence.problems[GATE]
     fa3 = evidence.metric("gate", GATE, "fa3", "gpu_us", "spaced")
     rows = []
-    for name in [*evidence.of_kind("stage"), *evidence.of_kind("variant"), "fa3", "fa4", "cudnn"]:
+    for name in [*evidence.of_kind("stage"), "fa3", "fa4", "cudnn"]:
         if name not in evidence.subjects:
             continue
         ratio = evidence.speedup("gate", GATE, name, "fa3")
@@ -209,6 +212,36 @@ def ladder(evidence: Evidence) -> Table:
         frozenset({stages}),
         "llrrrlrrr",
     )  # fmt: skip
+
+
+def variants(evidence: Evidence) -> Table:
+    """What a part of a stage is worth: the stage against the stage without it."""
+    problems = evidence.suite("variant")
+    rows = []
+    for name in evidence.of_kind("variant"):
+        found = stage.subject(name)
+        of = found.of or ""
+        worth = [evidence.speedup("variant", p.id, name, of) for p in problems]
+        rows.append(
+            [
+                label(name),
+                label(of),
+                found.changes or "",
+                interval(evidence.speedup("variant", MEDIAN, name, of), 3),
+                *(number(v, 3) for v in worth),
+            ]
+        )
+    heads = [
+        "gate" if p.id == GATE else f"{p.headdim} {'causal' if p.causal else 'full'} {p.seqlen_q}"
+        for p in problems
+    ]
+    return Table(
+        ["variant", "of", "what differs", "speed over it, median", *heads],
+        rows,
+        "Below 1: the stage loses by the change, so what was taken away is worth keeping. Paired,"
+        " interleaved launches in the same processes; spaced.",
+        align="llp{0.3\\linewidth}r" + "r" * len(problems),
+    )
 
 
 def which_fa3(evidence: Evidence) -> Table:
@@ -318,6 +351,20 @@ def verdict_rows(evidence: Evidence, roles: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+_HOST_TITLES = {
+    "launch_share": "eager latency that is not GPU time (%)",
+    "launch_share_graph": "graph latency that is not GPU time (%)",
+}
+
+
+def _title(metric: str) -> str:
+    """The title of what stands in the column `metric` of verdicts.csv."""
+    name, *where = metric.split(", ")
+    known = metrics.BY_ID.get(name)
+    title = f"{known.title} ({known.unit})" if known else _HOST_TITLES.get(name, name)
+    return ", ".join([title, *where])
+
+
 def constraints(evidence: Evidence) -> Table:
     """One row for each constraint: what the plan says, what was found, the verdict."""
     rows = []
@@ -337,7 +384,7 @@ def constraints(evidence: Evidence) -> Table:
         rows.append(
             [
                 name,
-                overall["metric"],
+                _title(overall["metric"]),
                 " ".join(_verdict_cells(overall)),
                 f"{sign} {primary.threshold:g}",
                 _side(overall),
@@ -366,19 +413,56 @@ def verdicts(evidence: Evidence) -> Table:
     )
 
 
+def _ceilings(evidence: Evidence) -> list[str]:
+    """For each gate and criterion on a ratio of times: the ratio that the model's least time gives.
+
+    A peer's measured time over the model's overlapped time of each problem, reduced as the claim
+    reduces it.
+    """
+    cells = []
+    for hypothesis in evidence.constraints.hypotheses:
+        if hypothesis.role not in ("gate", "criterion"):
+            continue
+        for suite in hypothesis.suites:
+            cells.append(_ceiling(evidence, hypothesis, suite))
+    return cells
+
+
+def _ceiling(evidence: Evidence, hypothesis: Hypothesis, suite: str) -> str:
+    witness = hypothesis.witness
+    if witness["kind"] != "speedup":
+        return ""
+    wanted, peer = witness["problem"], witness["peer"]
+    peers = evidence.of_kind("peer") if peer == BEST else [peer]
+    ratios = []
+    for problem in evidence.suite(suite):
+        if wanted not in (MEDIAN, MINIMUM, SHORTEST, problem.id):
+            continue
+        if wanted == SHORTEST and problem.seqlen_q > 1024:
+            continue
+        times = [evidence.metric(suite, problem.id, p, "gpu_us", hypothesis.regime) for p in peers]
+        known = [t.value for t in times if t is not None]
+        least = evidence.roofline(suite, problem, witness["subject"], hypothesis.regime)
+        if known:
+            ratios.append(min(known) / least.overlapped_us)
+    if not ratios:
+        return "–"
+    return f"{median(ratios) if wanted == MEDIAN else min(ratios):.2f}"
+
+
 def criteria(evidence: Evidence) -> Table:
-    """Gates and success criteria."""
-    rows = [
-        [*row[1:5], row[5], "met" if row[8].startswith("SUPPORTED") else "not met"]
-        if row[3] != "–"
-        else [*row[1:5], row[5], "not measured"]
-        for row in verdict_rows(evidence, ("gate", "criterion"))
-    ]
+    """Gates and success criteria, with the model's ceiling of those on time."""
+    rows = []
+    judged = verdict_rows(evidence, ("gate", "criterion"))
+    for row, ceiling in zip(judged, _ceilings(evidence), strict=True):
+        met = "met" if row[8].startswith("SUPPORTED") else "not met"
+        rows.append([*row[1:6], ceiling, met if row[3] != "–" else "not measured"])
     return Table(
-        ["claim", "suite", "found", "interval", "set", ""],
+        ["claim", "suite", "found", "interval", "set", "ceiling", ""],
         rows,
-        "Decided by the point estimate, as they were set.",
-        align="p{0.52\\linewidth}lllll",
+        "Decided by the point estimate, as they were set. Ceiling: the peer's measured time over"
+        " the least time of the model at the measured clock.",
+        align="p{0.5\\linewidth}llllrl",
     )
 
 
@@ -616,6 +700,7 @@ TABLES: dict[str, Callable[[Evidence], Table]] = {
     "grid": grid,
     "grid_fp16": lambda evidence: grid(evidence, "grid_fp16"),
     "ladder": ladder,
+    "variants": variants,
     "which_fa3": which_fa3,
     "published": published,
     "constraints": constraints,

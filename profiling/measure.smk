@@ -1,8 +1,9 @@
 # The GPU rules: what is measured on, what is right, how long it takes, what it costs the host, and what the counters
 # say. Each writes one file of the run; an interrupted one goes on from the partial results beside it.
-from attn_ladder.stage import in_suite, kernel_hash
+from attn_ladder.stage import kernel_hash
 
 from attn_profiling import device as found_device
+from attn_profiling.settings import selected
 
 
 def hardware():
@@ -14,10 +15,15 @@ def hardware():
     return [gpu.name, gpu.driver]
 
 
-def kernels(wildcards):
-    """What runs in a suite: a changed kernel, problem or selection makes its measurements run again."""
-    names = [name for name in PLAN.subjects if in_suite(name, wildcards.suite)]
-    return {name: kernel_hash(name) for name in names}
+def kernels(step):
+    """What runs in a step of a suite: a changed kernel or selection makes its measurements run again."""
+
+    def of(wildcards):
+        where = step or wildcards.regime
+        names = selected(PLAN.subjects, config["only"], wildcards.suite, where)
+        return {name: kernel_hash(name) for name in names}
+
+    return of
 
 
 def problems(wildcards):
@@ -74,7 +80,7 @@ rule check:
         gpu=1,
     params:
         tool=cmd("attn-profiling", gpu=True),
-        kernels=kernels,
+        kernels=kernels("check"),
         problems=problems,
         measuring=config["measuring"],
     shell:
@@ -94,7 +100,7 @@ rule time:
         gpu=1,
     params:
         tool=cmd("attn-profiling", gpu=True),
-        kernels=kernels,
+        kernels=kernels(None),
         problems=problems,
         measuring=config["measuring"],
     shell:
@@ -115,7 +121,7 @@ rule host:
         gpu=1,
     params:
         tool=cmd("attn-profiling", gpu=True),
-        kernels=kernels,
+        kernels=kernels("host"),
         problems=problems,
         measuring=config["measuring"],
     shell:
@@ -135,7 +141,7 @@ rule profile:
         gpu=1,
     params:
         tool=cmd("attn-profiling", gpu=True, counters=True),
-        kernels=kernels,
+        kernels=kernels("profile"),
         problems=problems,
         measuring=config["measuring"],
     shell:

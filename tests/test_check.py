@@ -269,6 +269,16 @@ def test_the_gate_lets_through_what_is_right(checked):
     }
 
 
+def test_a_problem_of_two_suites_must_be_right_in_both(checked):
+    run = checked(status="failed")
+    data = record.read(run / "check" / "tiny.json", "check")
+    for row in data["results"]:
+        row.update(ok=True, status="ok")
+    record.write(run / "check" / "another.json", data, "check")
+    record.write(run / "check" / "zlast.json", data, "check")
+    assert gate(run, [SMALL], ["stage1"])["small"]["stage1"] == "failed: why"
+
+
 def test_what_was_never_checked_stops_the_measurement(checked):
     run = checked()
     with pytest.raises(NotChecked, match="fa2 was not checked on small"):

@@ -150,7 +150,7 @@ def test_memsets_are_not_expected_of_ncu(tmp_path):
     sample["kernels"] = {"Memset (Device)": 1, "attention": 2}
     path.write_text(json.dumps(data))
     name = data["problems"][0]["problem"]["id"]
-    assert ncu.timed_kernels(tmp_path)[name]["fa3"] == 2
+    assert ncu.timed_kernels(tmp_path, "profile")[name]["fa3"] == 2
 
 
 def test_a_truncated_report_is_refused(fake, tmp_path, monkeypatch):

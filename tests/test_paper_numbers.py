@@ -41,7 +41,7 @@ def test_macros_hold_what_the_tables_hold(evidence):
     assert found[r"\GridProblems"] == "24" and found[r"\InconclusiveSpaced"] == "1"
     assert found[r"\FaThreeKernels"] == "2"
     assert found[r"\StageTwoGateRatio"].startswith("0.62")
-    assert found[r"\VerdictSync"] == "inconclusive"
+    assert found[r"\VerdictSync"] == "refuted"
     assert found[r"\Confirmatory"] == "confirmatory"
 
 

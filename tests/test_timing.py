@@ -514,6 +514,23 @@ def test_an_interrupted_suite_goes_on_where_it_was(suite):
     assert len(data["problems"][0]["attempts"][0]["samples"]["fa3"]["gpu_us"]) == 3
 
 
+def test_the_choices_of_the_suite_itself_come_last(tmp_path):
+    import synthetic
+
+    from attn_profiling import record
+
+    maker = synthetic.Maker(tmp_path)
+    maker.timing("smoke", "spaced")
+    data = record.read(tmp_path / "timing" / "smoke.spaced.json", "timing")
+    name = data["problems"][0]["problem"]["id"]
+    data["problems"] = data["problems"][:1]
+    data["problems"][0]["chosen"] = {"fa3": {"num_splits": 2}}
+    record.write(tmp_path / "timing" / "variant.spaced.json", data, "timing")
+    assert timing.known_choices(tmp_path, "smoke")[name]["fa3"] == {}
+    other = timing.known_choices(tmp_path, "profile")[name]
+    assert other["fa3"] == {"num_splits": 2} and "stage1" in other
+
+
 def test_nothing_that_failed_is_timed(suite, monkeypatch):
     asked = []
     monkeypatch.setattr(

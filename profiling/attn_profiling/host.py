@@ -150,7 +150,7 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
     fields = {p.id: problem_fields(p) for p in problems}
     hashes = {name: entry["kernel_hash"] for name, entry in session.subjects.items()}
     runnable = {p.id: [n for n, why in allowed[p.id].items() if why is None] for p in problems}
-    known = known_choices(settings.run_dir)
+    known = known_choices(settings.run_dir, suite)
     chosen = {p.id: known.get(p.id, {}) for p in problems}
     store = Partial(
         out.parent / ".partial" / suite,

@@ -29,13 +29,12 @@ from attn_profiling.record import (
     content_key,
     problem_fields,
     problem_of,
-    read,
     write,
     write_text,
 )
 from attn_profiling.session import Session
 from attn_profiling.settings import Settings
-from attn_profiling.timing import known_choices
+from attn_profiling.timing import known_choices, spaced_rows
 
 TIMEOUT_S = 900.0
 # suites that get every section; the others get the listed counters
@@ -139,19 +138,17 @@ def check_report(
     return {subject: counts[subject] for subject in subjects}
 
 
-def timed_kernels(run_dir: Path) -> dict[str, dict[str, int]]:
+def timed_kernels(run_dir: Path, suite: str) -> dict[str, dict[str, int]]:
     """{problem id: {subject: kernels of a call}} from the spaced timings of this run.
 
     ncu profiles neither memsets nor memcpys.
     """
-    return {
-        row["problem"]["id"]: {
-            name: sum(n for kernel, n in sample["kernels"].items() if kernel[:3] != "Mem")
-            for name, sample in row["attempts"][-1]["samples"].items()
-        }
-        for path in sorted((run_dir / "timing").glob("*.spaced.json"))
-        for row in read(path, "timing")["problems"]
-    }
+    known: dict[str, dict[str, int]] = {}
+    for row in spaced_rows(run_dir, suite):
+        counts = known.setdefault(row["problem"]["id"], {})
+        for name, sample in row["attempts"][-1]["samples"].items():
+            counts[name] = sum(n for kernel, n in sample["kernels"].items() if kernel[:3] != "Mem")
+    return known
 
 
 def profile_problem(
@@ -261,9 +258,9 @@ def run(settings: Settings, suite: str, sections: str | None, out: Path) -> Reco
     fields = {p.id: problem_fields(p) for p in problems}
     hashes = {name: entry["kernel_hash"] for name, entry in session.subjects.items()}
     runnable = {p.id: [n for n, why in allowed[p.id].items() if why is None] for p in problems}
-    known = known_choices(settings.run_dir)
+    known = known_choices(settings.run_dir, suite)
     chosen = {p.id: known.get(p.id, {}) for p in problems}
-    timed = timed_kernels(settings.run_dir)
+    timed = timed_kernels(settings.run_dir, suite)
     store = Partial(
         out.parent / ".partial" / suite,
         lambda p: content_key(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,14 @@ class Measuring:
                 raise ValueError(f"measuring.{each.name}={value} must be at least {least}")
 
 
+def selected(
+    names: Sequence[str], only: Mapping[str, Sequence[str]], suite: str, step: str
+) -> tuple[str, ...]:
+    """Those of `names` that a suite has in a step; `only` narrows steps and suites down."""
+    kept = set(only.get(step, names)) & set(only.get(suite, names))
+    return tuple(name for name in names if name in kept and in_suite(name, suite))
+
+
 @dataclass(frozen=True)
 class Settings:
     """What to measure and how."""
@@ -61,8 +69,7 @@ class Settings:
     def subjects_of(self, suite: str, step: str) -> tuple[str, ...]:
         """The subjects that a suite has in a step (`check`, `spaced`, `sustained`, `host`,
         `profile`). Raises `ValueError` if there are none."""
-        kept = set(self.only.get(step, self.subjects)) & set(self.only.get(suite, self.subjects))
-        chosen = tuple(n for n in self.subjects if n in kept and in_suite(n, suite))
+        chosen = selected(self.subjects, self.only, suite, step)
         if not chosen:
             raise ValueError(
                 f"{suite=} has no subject among {', '.join(self.subjects)}; name others in the"

@@ -290,13 +290,19 @@ def merge(attempt: int, results: list[dict[str, Any]], tolerance: float) -> dict
     }
 
 
-def known_choices(run_dir: Path) -> dict[str, Choices]:
+def spaced_rows(run_dir: Path, suite: str) -> list[dict[str, Any]]:
+    """The problems of this run's spaced timings, those of the suite itself last."""
+    paths = sorted((run_dir / "timing").glob("*.spaced.json"))
+    paths.sort(key=lambda path: path.name == f"{suite}.spaced.json")
+    return [row for path in paths for row in read(path, "timing")["problems"]]
+
+
+def known_choices(run_dir: Path, suite: str) -> dict[str, Choices]:
     """{problem id: configurations chosen when it was timed spaced, earlier in this run}."""
-    return {
-        row["problem"]["id"]: dict(row["chosen"])
-        for path in sorted((run_dir / "timing").glob("*.spaced.json"))
-        for row in read(path, "timing")["problems"]
-    }
+    known: dict[str, Choices] = {}
+    for row in spaced_rows(run_dir, suite):
+        known.setdefault(row["problem"]["id"], {}).update(row["chosen"])
+    return known
 
 
 def run(settings: Settings, suite: str, regime: str, out: Path) -> Record:
@@ -312,7 +318,7 @@ def run(settings: Settings, suite: str, regime: str, out: Path) -> Record:
     session = Session(settings, subjects)
     fields = {p.id: problem_fields(p) for p in problems}
     hashes = {name: found["kernel_hash"] for name, found in session.subjects.items()}
-    known = known_choices(settings.run_dir) if regime == "sustained" else {}
+    known = known_choices(settings.run_dir, suite) if regime == "sustained" else {}
     plan = {
         p.id: Entry(
             problem=p,
