@@ -224,6 +224,18 @@ def overlapped(body: list[tuple[str, str]], opcode: str = "MUFU.EX2") -> int:
     return best
 
 
+def between(body: list[tuple[str, str]], first: str, last: str, opcode: str = "MUFU.EX2") -> int:
+    """How many `opcode` a loop has from an instruction that matches `first` to the next one, maybe
+    in the next iteration, that matches `last`. Raises `ValueError` if there is no such pair."""
+    lines = [f"{name} {operands}" for name, operands in body]
+    starts = [i for i, line in enumerate(lines) if re.match(first, line)]
+    if not starts or not any(re.match(last, line) for line in lines):
+        raise ValueError(f"no {first!r} or no {last!r} in a loop of {len(body)} instructions")
+    turned = lines[starts[0] + 1 :] + lines[: starts[0] + 1]
+    end = next(i for i, line in enumerate(turned) if re.match(last, line))
+    return sum(line.startswith(opcode) for line in turned[:end])
+
+
 def longest_run(body: list[tuple[str, str]], opcode: str = "MUFU.EX2") -> int:
     """The most `opcode` that follow each other with nothing in between."""
     runs = groupby(name.startswith(opcode) for name, _ in body)

@@ -1,0 +1,188 @@
+"""Every shipped configuration of stage 5, compiled for sm_90a without a GPU.
+
+ptxas decides much of the speed: the same source can come out with spills, with the products
+serialized, or with the softmax after the wait for the product it should hide.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from attn_ladder import offline
+
+FACTORY = "attn_ladder.stage5_everything:offline"
+LIST_CONFIGS = """
+import json
+from dataclasses import asdict, replace
+from attn_ladder.stage5_everything import choose_config
+configs = {
+    choose_config(headdim, causal, seqlen, ragged)
+    for headdim in (64, 128) for causal in (False, True) for ragged in (False, True)
+    for seqlen in (128, 512, 1024, 2048, 4096, 8192, 1 << 20)
+}
+configs = {replace(config, l2_bytes=0) for config in configs}  # the kernel does not know it
+print(json.dumps(sorted((asdict(config) for config in configs), key=str)))
+"""
+
+
+def name(case):
+    dtype, config = case
+    words = [dtype, f"d{config['headdim']}", "causal" if config["causal"] else "full"]
+    words += ["ragged"] * config["ragged"] + [f"{config['consumers']}x64", config["schedule"]]
+    return "-".join(words)
+
+
+def shipped():
+    """(dtype, configuration) of what `choose_config` returns, and of the static order that replaces
+    the counter where there are more tiles than a CTA can list. fp16 changes no order of tiles, so
+    there each kernel is compiled with one order only."""
+    command = [sys.executable, "-c", LIST_CONFIGS]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    configs = json.loads(printed)
+    static = [{**c, "schedule": "static"} for c in configs if c["schedule"] == "dynamic"]
+    one_order = {json.dumps({**c, "schedule": ""}): c for c in configs}.values()
+    return [("bf16", c) for c in configs + static] + [("fp16", c) for c in one_order]
+
+
+CASES = shipped()
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    arguments = [{"dtype": dtype, **config} for dtype, config in CASES]
+    return dict(
+        zip(map(name, CASES), offline.reports(FACTORY, arguments, timeout=900), strict=True)
+    )
+
+
+FOREIGN = ("FSEL", "FMNMX", "SHFL", "LDL", "STL", "LDS", "STS")  # masks, maxima, local memory
+TURN_ENDS, TURN_BEGINS = r"BAR\.ARV 0x[89a], 0x100", r"BAR\.SYNC\S* 0x[89a], 0x100"
+
+
+def hot_loops(sass):
+    """Loops that multiply and release slots of the rings; the redo only multiplies."""
+    loops = offline.inner_loops(sass)
+    return [b for b in loops if {"HGMMA", "ARRIVES"} <= {opcode.split(".")[0] for opcode, _ in b}]
+
+
+def hidden_exp2(body, overlap):
+    """exp2 of a hot loop that run while products do: the consumer's own, or those of the others,
+    which have the turn."""
+    if overlap == "own":
+        return offline.overlapped(body)
+    return offline.between(body, TURN_ENDS, TURN_BEGINS)
+
+
+def faults(report, config):
+    """What is wrong with a compiled kernel, in words."""
+    found = []
+    threads = 128 * config["consumers"] + 128  # the producer's warp makes a warpgroup
+    if report.registers * threads > 65536:
+        found.append(f"{report.registers} registers")
+    if report.spill_bytes:
+        found.append(f"{report.spill_bytes} bytes spilled")
+    if report.shared > offline.SHARED_LIMIT:
+        found.append(f"{report.shared} bytes of shared memory")
+    found += offline.serialized(report.notes)
+    loops = hot_loops(report.sass)
+    if len(loops) != config["consumers"]:
+        found.append(f"{len(loops)} hot loops")
+    for body in loops:
+        if (hidden := hidden_exp2(body, config["overlap"])) != config["BLOCK_N"] // 2:
+            found.append(f"{hidden} exp2 under a product")
+        if (run := offline.longest_run(body)) > 12:
+            found.append(f"{run} exp2 in a row")
+        opcodes = Counter(opcode.split(".")[0] for opcode, _ in body)
+        found += [f"{opcode} in the hot loop" for opcode in FOREIGN if opcodes[opcode]]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_a_shipped_configuration_compiles_as_intended(compiled, case):
+    assert faults(compiled[name(case)], case[1]) == []
+
+
+def test_no_two_cases_share_a_name():
+    assert len({name(case) for case in CASES}) == len(CASES)
+
+
+# What the checks see when something is wrong.
+
+
+@pytest.fixture(params=["own", "others"])
+def good(compiled, request):
+    case = next(c for c in CASES if c[1]["overlap"] == request.param)
+    return compiled[name(case)], case[1]
+
+
+def change(report, **values):
+    return offline.Report(**{**vars(report), **values})
+
+
+def move(sass, pattern, text, before=False):
+    """`sass` with lines of `text` put after (or before) each line that matches."""
+    added = [f"        /*0000*/                   {line} ;" for line in text]
+    lines = []
+    for line in sass.splitlines():
+        hit = re.search(pattern, line)
+        lines += [*added, line] if hit and before else [line, *added] if hit else [line]
+    return "\n".join(lines)
+
+
+def test_spills_are_seen(good):
+    report, config = good
+    log = "Used 168 registers\n 8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads"
+    registers, spill_bytes, notes = offline.read_ptxas(log)
+    assert (registers, spill_bytes, notes) == (168, 12, ())
+    assert faults(change(report, spill_bytes=spill_bytes), config) == ["12 bytes spilled"]
+
+
+def test_too_many_registers_and_too_much_shared_memory_are_seen(good):
+    report, config = good
+    assert faults(change(report, registers=200), config) == ["200 registers"]
+    assert faults(change(report, shared=232449), config) == ["232449 bytes of shared memory"]
+
+
+def test_serialized_products_are_seen(good):
+    report, config = good
+    note = "(C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    assert faults(change(report, notes=(*report.notes, note)), config) == [note]
+
+
+def test_softmax_after_the_wait_or_within_the_turn_is_seen(good):
+    report, config = good
+    if config["overlap"] == "own":
+        early_wait = move(report.sass, "DEPBAR.LE gsb0, 0x1 ;", ["WARPGROUP.DEPBAR.LE gsb0, 0x0"])
+        assert "0 exp2 under a product" in faults(change(report, sass=early_wait), config)
+    else:
+        exp2 = r"MUFU.EX2"
+        late = [line for line in report.sass.splitlines() if not re.search(exp2, line)]
+        within = move("\n".join(late), r"WARPGROUP.ARRIVE", ["MUFU.EX2 R1, R1"] * 8)
+        assert "0 exp2 under a product" in faults(change(report, sass=within), config)
+
+
+def test_a_mask_and_bunched_exp2_in_the_loop_are_seen(good):
+    report, config = good
+    planted = ["FSEL R1, R1, -INF , P0"] + ["MUFU.EX2 R1, R1"] * 13
+    sass = move(report.sass, "ARRIVES.LDGSTSBAR", planted)
+    found = faults(change(report, sass=sass), config)
+    assert "FSEL in the hot loop" in found and "13 exp2 in a row" in found
+
+
+def test_a_lost_loop_is_seen(good):
+    report, config = good
+    assert faults(change(report, sass=""), config) == ["0 hot loops"]
+
+
+def test_a_loop_without_turns_is_an_error():
+    with pytest.raises(ValueError, match="loop of 1 instructions"):
+        offline.between([("MUFU.EX2", "R1, R1")], TURN_ENDS, TURN_BEGINS)
+
+
+def test_a_configuration_that_does_not_exist_is_an_error():
+    with pytest.raises(RuntimeError, match="headdim=80"):
+        offline.report(FACTORY, {"headdim": 80, "causal": False})
