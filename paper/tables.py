@@ -226,7 +226,7 @@ def variants(evidence: Evidence) -> Table:
             [
                 label(name),
                 label(of),
-                found.changes or "",
+                found.title,
                 interval(evidence.speedup("variant", MEDIAN, name, of), 3),
                 *(number(v, 3) for v in worth),
             ]
@@ -236,7 +236,7 @@ def variants(evidence: Evidence) -> Table:
         for p in problems
     ]
     return Table(
-        ["variant", "of", "what differs", "speed over it, median", *heads],
+        ["variant", "of", "what it is", "speed over it, median", *heads],
         rows,
         "Below 1: the stage loses by the change, so what was taken away is worth keeping. Paired,"
         " interleaved launches in the same processes; spaced.",

@@ -88,9 +88,9 @@ def dose(subject: str, of: str = "") -> int:
     return known.dose
 
 
-def names(problem: Problem) -> list[str]:
-    """The subjects that run a problem: those of its suite, FA3 and FA4 only in bf16."""
-    known = [s for s in stage.subjects() if stage.in_suite(s, problem.suites[0])]
+def names(problem: Problem, suite: str) -> list[str]:
+    """The subjects that run a problem in a suite; FA3 and FA4 only in bf16."""
+    known = [s for s in stage.subjects() if stage.in_suite(s, suite)]
     return [s for s in known if problem.dtype == "bf16" or s not in ("fa3", "fa4")]
 
 
@@ -195,7 +195,7 @@ class Maker:
         results = []
         for problem in select(self.problems, suite):
             for name in (s for s in stage.subjects() if stage.in_suite(s, suite)):
-                runs = name in names(problem)
+                runs = name in names(problem, suite)
                 results.append(
                     {
                         "problem": record.problem_fields(problem),
@@ -215,14 +215,14 @@ class Maker:
             f"check/{suite}.json", "check", {**self.header("check", suite), "results": results}
         )
 
-    def attempt(self, problem: Problem, regime: str, aa: float = 1.0) -> dict[str, Any]:
+    def attempt(self, problem: Problem, suite: str, regime: str, aa: float = 1.0) -> dict[str, Any]:
         taken: dict[str, Any] = {}
-        present = names(problem)
+        present = names(problem, suite)
         twin = next((s for s in ("fa3", "cudnn") if s in present), present[0]) + "#2"
         shared = self.samples(
             1.0
         )  # what all subjects of a round have in common cancels in paired ratios
-        for name in [*names(problem), twin]:
+        for name in [*names(problem, suite), twin]:
             truth = true_us(problem, name, regime) / (aa if "#" in name else 1.0)
             own = self.samples(truth)
             gpu = [
@@ -257,15 +257,21 @@ class Maker:
         for problem in select(self.problems, suite):
             off = problem.id in noisy
             attempts = [
-                {**self.attempt(problem, regime, 1.04), "attempt": n, "message": "A/A is off"}
+                {
+                    **self.attempt(problem, suite, regime, 1.04),
+                    "attempt": n,
+                    "message": "A/A is off",
+                }
                 for n in (1, 2, 3)
             ]
             problems.append(
                 {
                     "problem": record.problem_fields(problem),
-                    "attempts": attempts if off else [self.attempt(problem, regime)],
+                    "attempts": attempts if off else [self.attempt(problem, suite, regime)],
                     "status": "inconclusive" if off else "ok",
-                    "chosen": {name: {} if name == "fa3" else None for name in names(problem)},
+                    "chosen": {
+                        name: {} if name == "fa3" else None for name in names(problem, suite)
+                    },
                     "tried": {
                         "fa3": [{"config": {"num_splits": 2}, "gpu_us": 999.0, "message": None}]
                     },
@@ -281,7 +287,7 @@ class Maker:
         problems = []
         for problem in select(self.problems, suite):
             taken = {}
-            for name in names(problem):
+            for name in names(problem, suite):
                 cost = HOST_US.get(name, 25.0) + 20.0 * dose(name, "launch")
                 latency = max(cost, 4.0) + true_us(problem, name) + 6.0
                 taken[name] = {
@@ -301,7 +307,7 @@ class Maker:
     def ncu(self, suite: str) -> None:
         reports = []
         for problem in select(self.problems, suite):
-            kernels = [k for name in names(problem) for k in kernels_of(problem, name)]
+            kernels = [k for name in names(problem, suite) for k in kernels_of(problem, name)]
             file = f"ncu/{suite}/{problem.id}.ncu-rep"
             path = self.folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -314,7 +320,9 @@ class Maker:
                     "chosen": {},
                     "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                     "left_out": {},
-                    "subjects": {name: len(kernels_of(problem, name)) for name in names(problem)},
+                    "subjects": {
+                        name: len(kernels_of(problem, name)) for name in names(problem, suite)
+                    },
                 }
             )
         self.write(f"ncu/{suite}.json", "ncu", {**self.header("ncu", suite), "reports": reports})

@@ -68,7 +68,7 @@ def test_numbers_as_text():
 
 def test_the_grid_has_every_problem_and_marks_the_inconclusive_one(evidence):
     table = tables.grid(evidence)
-    assert len(table.rows) == 24 + 2
+    assert len(table.rows) == 24 + 3
     marked = [row for row in table.rows if row[2].endswith("†")]
     assert [row[:3] for row in marked] == [["64", "causal", "16384†"]]
 
