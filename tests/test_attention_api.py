@@ -68,7 +68,7 @@ WRONG = {
     "dtypes": (lambda q, k, v: (q, k.half(), v), {}, ValueError, r"k\.dtype=torch\.float16"),
     "integers": (lambda q, k, v: (q.int(), k, v), {}, ValueError, r"q\.dtype=torch\.int32"),
     "fp32": (lambda q, k, v: (q.float(), k, v), {}, NotImplementedError, r"torch\.float32"),
-    "sparse": (lambda q, k, v: (q.to_sparse(), k, v), {}, NotImplementedError, r"q\.layout"),
+    "sparse": (lambda q, k, v: (q.to_sparse(), k, v), {}, NotImplementedError, r"torch\.sparse"),
     "causal": (lambda q, k, v: (q, k, v), {"causal": 1}, ValueError, "causal=1"),
     "nan": (lambda q, k, v: (q, k, v), {"softmax_scale": math.nan}, ValueError, "=nan"),
     "text": (lambda q, k, v: (q, k, v), {"softmax_scale": "x"}, ValueError, "softmax_scale='x'"),

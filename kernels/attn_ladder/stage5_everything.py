@@ -24,6 +24,7 @@ headdim 128, issue slots and MUFU together at headdim 64, 2.2 µs a tile outside
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -40,7 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_ladder.launch import Kernel, tile_counter
+from attn_ladder.launch import Kernel, Layout, tile_counter
 from attn_ladder.problem import Problem
 from attn_ladder.stage import Stage
 
@@ -823,10 +824,22 @@ def compiled(cfg: Config, dtype: torch.dtype, device: int) -> Kernel:
 
 
 @lru_cache(maxsize=512)
-def plan(config, q_size, k_size, causal: bool, dtype: torch.dtype, device: int):
+def plan(
+    config: Config | None, dtype: torch.dtype, device: int, causal: bool, q_size: tuple[int, ...],
+    k_size: tuple[int, ...], q_strides: tuple[int, ...], k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+) -> tuple[Kernel, Callable[..., tuple], bool, Shape, int]:  # fmt: skip
+    """What calls that differ in addresses only share: the kernel, its tensor maps as a function of
+    the addresses of q, k, v and out, whether it counts tiles, its shape and its number of CTAs."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     cfg, shape, grid = schedule(config, q_size, k_size, causal, num_sms)
-    return compiled(cfg, dtype, device), cfg.schedule == "dynamic", shape, grid
+    o_strides = (math.prod(q_size[1:]), q_size[2] * q_size[3], q_size[3], 1)
+    k, v = Layout(1, k_size, k_strides), Layout(2, k_size, v_strides)
+    kernel = compiled(cfg, dtype, device)
+    maps = kernel.tensor_maps(
+        Layout(0, q_size, q_strides), k, v, Layout(3, q_size, o_strides), k, v
+    )
+    return kernel, maps, cfg.schedule == "dynamic", shape, grid
 
 
 def forward(
@@ -849,14 +862,16 @@ def forward(
         with torch.cuda.device(device):
             return forward(q, k, v, softmax_scale=softmax_scale, causal=causal, config=config)
     batch, seqlen_q, nheads, headdim = q.shape
-    kernel, dynamic, shape, grid = plan(config, q.shape, k.shape, causal, q.dtype, device)
+    kernel, maps, dynamic, shape, grid = plan(
+        config, q.dtype, device, causal, q.shape, k.shape, q.stride(), k.stride(), v.stride()
+    )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=q.device)
-    maps = [x for i, t in enumerate((q, k, v, out, k, v)) for x in kernel.tensor_map(i, t)]
+    descs = maps(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
     stream = torch._C._cuda_getCurrentRawStream(device)
     counter = tile_counter(device, stream) if dynamic else 0
     qk_scale = LOG2_E * (headdim**-0.5 if softmax_scale is None else softmax_scale)
-    kernel.launch(grid, stream, (*maps, lse.data_ptr(), counter, shape, qk_scale, None))
+    kernel.launch(grid, stream, (*descs, lse.data_ptr(), counter, shape, qk_scale, None))
     return out, lse
 
 
