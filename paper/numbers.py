@@ -53,6 +53,32 @@ def _verdict(evidence: Evidence, constraint: str) -> str:
     return next(r["verdict"] for r in rows if r["suite"] == "(all)")
 
 
+def agreement(evidence: Evidence, constraint: str) -> str:
+    """Whether the counter and the ablation say the same of a constraint, from their verdicts."""
+    found = {"primary": set[str](), "ablation": set[str]()}
+    table = iter(evidence.verdicts)
+    for hypothesis in evidence.constraints.hypotheses:
+        for _ in hypothesis.suites:
+            verdict = next(table)["verdict"].split(" ")[0]
+            if hypothesis.constraint == constraint and hypothesis.role in found:
+                found[hypothesis.role].add(verdict)
+    primary, ablation = found["primary"], found["ablation"]
+    if "INCONCLUSIVE" in primary | ablation or not ablation:
+        return "Counter and ablation cannot be set against each other: one of them is inconclusive."
+    if primary == ablation:
+        return f"Counter and ablation agree: both say {min(primary).lower()}."
+    if len(ablation) > 1:
+        return "The ablation says different things in different suites."
+    return (
+        f"Counter and ablation disagree: the counter says {'/'.join(sorted(primary)).lower()} for"
+        f" FA3, the ablation {min(ablation).lower()} for the ladder. Removing the constraint from"
+        " our stage before is not removing it from FA3, which may not have it."
+        if "SUPPORTED" in ablation
+        else f"Counter and ablation disagree: the counter says {min(primary).lower()} for FA3, the"
+        f" ablation {min(ablation).lower()} for the ladder."
+    )
+
+
 def _worst(evidence: Evidence, metric: str, regime: str) -> Value | None:
     found = [
         evidence.metric("grid", p.id, "fa3", metric, regime)
@@ -153,6 +179,7 @@ def numbers(evidence: Evidence) -> dict[str, str]:
     put(text(_event_gap(evidence, evidence.subjects), 1), "event gap")
     for name in evidence.constraints.constraints:
         put(_verdict(evidence, name).lower(), "verdict", name)
+        put(agreement(evidence, name), "agreement", name)
     for name, unit in (("copy_bytes_per_s", 1e12), ("bf16_matmul_flops_per_s", 1e12)):
         value = provenance["ceilings"][name]["value"] / unit
         put(f"{value:.2f}" if value < 100 else f"{value:.0f}", "ceiling", name.split("_")[0])

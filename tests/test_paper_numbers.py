@@ -45,6 +45,17 @@ def test_macros_hold_what_the_tables_hold(evidence):
     assert found[r"\Confirmatory"] == "confirmatory"
 
 
+def test_where_counter_and_ablation_disagree_the_paper_says_so():
+    results = synthetic.shared() / "results"
+    evidence = load(results, synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+    found = numbers.numbers(evidence)
+    assert "disagree: the counter says refuted" in found[r"\AgreementSync"]
+    assert found[r"\AgreementLaunch"].startswith("Counter and ablation agree: both say refuted")
+    for row in evidence.verdicts:
+        row["verdict"] = "INCONCLUSIVE"
+    assert "cannot be set against each other" in numbers.agreement(evidence, "sync")
+
+
 def test_names_of_macros():
     assert numbers.macro("stage5", "gate ratio") == r"\StageFiveGateRatio"
     assert numbers.macro("top over", "fa3", "median", "spaced") == r"\TopOverFaThreeMedianSpaced"

@@ -16,7 +16,7 @@ from attn_ladder.problem import Problem
 
 WARP_THREADS = 32
 TILE_PAIRS = 128 * 128
-"""The unit in which barriers are counted: a 128 x 128 visible score tile, whatever a kernel's own."""
+"""Barriers are counted per 128 x 128 visible score tile, whatever tiles a kernel has itself."""
 
 TIME = "gpu__time_duration.sum"
 ISSUE_ACTIVE = "smsp__issue_active.sum"

@@ -15,7 +15,7 @@ from attn_ladder.problem import DTYPE_BYTES, Problem
 from attn_profiling.device import Device, Peak
 
 BLOCK = 128
-"""Rows and columns of the tile that the model counts in: what touches the mask is computed whole."""
+"""Rows and columns of the model's tile: one that touches the mask is computed whole."""
 
 ISSUE_PER_CLK_PER_SM = Peak(4.0, "warp instructions/clk/SM", "Hopper: four schedulers an SM")
 SHARED_BYTES_PER_CLK_PER_SM = Peak(128.0, "byte/clk/SM", "CUDA C++ Programming Guide, 9.0")
