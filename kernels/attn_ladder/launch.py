@@ -21,6 +21,11 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import driver
 
+if not triton.__version__.startswith("3.6."):
+    raise ImportError(
+        f"triton {triton.__version__} has another Gluon and another launcher; triton 3.6 is needed"
+    )
+
 COUNTER_SLOTS = 16384
 COUNTER_INTS = 8  # 32 bytes a slot: the next tile, and how many CTAs are done
 
