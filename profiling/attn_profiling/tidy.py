@@ -60,7 +60,13 @@ REFERENCE_PEER = "fa3"
 Row = dict[str, Any]
 Open = Callable[[bytes, str, Sequence[str]], list[metrics.Kernel]]
 
-_SAMPLED = {"event_us": "us", "clock_mhz": "MHz", "power_w": "W", "energy_mj": "mJ"}
+_SAMPLED = {
+    "event_us": "us",
+    "clock_mhz": "MHz",
+    "spin_clock_mhz": "MHz",
+    "power_w": "W",
+    "energy_mj": "mJ",
+}
 _HOST = ("eager_host_us", "eager_latency_us", "graph_latency_us", "fresh_pointer_host_us")
 
 
