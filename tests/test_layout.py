@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,12 @@ def importing(folder: Path, package: str) -> list[str]:
 def relative_imports(folder: Path) -> list[str]:
     """Files below `folder` with a relative import."""
     return [p.name for p in sorted(folder.rglob("*.py")) if any(level for level, _ in imports(p))]
+
+
+def dead_links(page: Path) -> list[str]:
+    """Relative links of a Markdown page that lead nowhere."""
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    return [link for link in links if not (page.parent / link).exists()]
 
 
 def without_torch(code: str) -> subprocess.CompletedProcess[str]:
@@ -118,6 +125,19 @@ def test_the_block_holds():
     run = without_torch("import attn_ladder.stage1_fused")
     assert run.returncode != 0
     assert "is blocked" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "kernels/README.md", "docker/README.md"]
+)
+def test_links_lead_somewhere(page):
+    assert dead_links(ROOT / page) == []
+
+
+def test_a_dead_link_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("[here](page.md) [gone](gone.md) [away](https://example.org/x)\n")
+    assert dead_links(page) == ["gone.md"]
 
 
 def test_importing_the_folder_kernels_runs_nothing():
