@@ -105,9 +105,14 @@ class Evidence:
 
     def roofline(
         self, suite: str, problem: Problem, subject: str | None, regime: str = "spaced"
-    ) -> model.Roofline:
-        """The model's times at the clock measured for a subject, at boost where none was read."""
-        known = device.device(self.provenance["device"])
+    ) -> model.Roofline | None:
+        """The model's times at the clock measured for a subject, at boost where none was read.
+
+        None on a device whose peaks are not known (`device.DEVICES`).
+        """
+        known = device.DEVICES.get(self.provenance["device"])
+        if known is None:
+            return None
         clock = None
         if subject:
             clock = self.metric(suite, problem.id, subject, "clock_mhz", regime)

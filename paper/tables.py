@@ -187,7 +187,7 @@ def ladder(evidence: Evidence) -> Table:
         before = None
         if name.startswith("stage") and name != "stage1":
             before = evidence.speedup("gate", GATE, name, f"stage{int(name[5:]) - 1}")
-        ceiling = evidence.roofline("gate", problem, name).overlapped_us
+        least = evidence.roofline("gate", problem, name)
         met = "" if gate is None or ratio is None else "yes" if ratio.value >= gate else "no"
         rows.append(
             [
@@ -197,7 +197,7 @@ def ladder(evidence: Evidence) -> Table:
                 interval(ratio, 3),
                 "" if gate is None else f"{gate:.2f}",
                 met,
-                f"{fa3.value / ceiling:.2f}" if fa3 else "–",
+                f"{fa3.value / least.overlapped_us:.2f}" if fa3 and least else "–",
                 interval(before, 3) if before else "",
                 _PLAN_TFLOPS.get(name, ""),
             ]
@@ -443,7 +443,7 @@ def _ceiling(evidence: Evidence, hypothesis: Hypothesis, suite: str) -> str:
         times = [evidence.metric(suite, problem.id, p, "gpu_us", hypothesis.regime) for p in peers]
         known = [t.value for t in times if t is not None]
         least = evidence.roofline(suite, problem, witness["subject"], hypothesis.regime)
-        if known:
+        if known and least:
             ratios.append(min(known) / least.overlapped_us)
     if not ratios:
         return "–"
@@ -620,6 +620,8 @@ def roofline(evidence: Evidence) -> Table:
     problems = evidence.suite("grid")
     for problem in problems:
         found = evidence.roofline("grid", problem, top)
+        if found is None:
+            continue
         measured = [
             evidence.metric("grid", problem.id, s, "gpu_us", "spaced") for s in ("fa3", top)
         ]
@@ -808,13 +810,11 @@ def model_command(
 ) -> None:
     """Write the model's times of every timed problem at the top stage's clock."""
     evidence = load(results, problems, constraints)
-    rows = [
-        {"suite": suite, **row}
-        for suite in ("grid", "grid_fp16", "gate")
-        for row in model.rows(
-            [(p, evidence.roofline(suite, p, evidence.top)) for p in evidence.suite(suite)]
-        )
-    ]
+    rows = []
+    for suite in ("grid", "grid_fp16", "gate"):
+        found = [(p, evidence.roofline(suite, p, evidence.top)) for p in evidence.suite(suite)]
+        known = [(p, roofline) for p, roofline in found if roofline is not None]
+        rows += [{"suite": suite, **row} for row in model.rows(known)]
     write_text(out, csv_text(("suite", *model.COLUMNS), rows, sort=False))
 
 

@@ -54,6 +54,14 @@ def test_a_table_of_what_was_not_measured_still_renders(empty, name):
     assert "nan" not in tables.latex(table, empty.stamp).lower()
 
 
+def test_a_device_without_known_peaks_has_no_model(evidence, monkeypatch):
+    assert tables.roofline(evidence).rows
+    monkeypatch.setitem(evidence.provenance, "device", "some-other-gpu")
+    assert tables.roofline(evidence).rows == []
+    assert {row[6] for row in tables.ladder(evidence).rows} == {"–"}
+    assert len(tables.criteria(evidence).rows) > 5
+
+
 def test_latex_is_escaped():
     assert tables.escape("a_b & 50 % {x} \\y ≥ 2") == (
         r"a\_b \& 50 \% \{x\} \textbackslash{}y $\geq$ 2"
