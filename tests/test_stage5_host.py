@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attn_ladder import launch
+from attn_ladder import launch, tiles
 from attn_ladder import stage5_everything as stage5
 from attn_ladder.reference import visible
 
@@ -35,7 +35,7 @@ def cta(monkeypatch):
             num_programs=lambda axis: grid,
             cdiv=lambda a, b: -(-a // b),
         )
-        monkeypatch.setattr(stage5, "gl", stand_in)
+        monkeypatch.setattr(tiles, "gl", stand_in)
 
     return become
 
@@ -63,16 +63,16 @@ def tiles_of_all_ctas(cfg, shape, grid, cta):
 @pytest.mark.parametrize("case", SHAPES)
 def test_every_tile_is_visited_once(cta, case):
     cfg, shape, grid = plan(**SHAPES[case])
-    tiles = Counter(itertools.chain(*tiles_of_all_ctas(cfg, shape, grid, cta)))
+    taken = Counter(itertools.chain(*tiles_of_all_ctas(cfg, shape, grid, cta)))
     wanted = itertools.product(range(shape.num_m), range(shape.num_heads))
-    assert tiles == Counter(wanted)
+    assert taken == Counter(wanted)
 
 
 def test_a_missing_tile_would_be_noticed(cta):
     cfg, shape, grid = plan(**SHAPES["pairs"])
     lost = shape._replace(num_m=shape.num_m + 2)
-    tiles = Counter(itertools.chain(*tiles_of_all_ctas(cfg, shape, grid, cta)))
-    assert tiles != Counter(itertools.product(range(lost.num_m), range(lost.num_heads)))
+    taken = Counter(itertools.chain(*tiles_of_all_ctas(cfg, shape, grid, cta)))
+    assert taken != Counter(itertools.product(range(lost.num_m), range(lost.num_heads)))
 
 
 def test_the_longest_causal_tiles_come_first_and_heads_of_a_key_head_together(cta):
