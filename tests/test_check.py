@@ -139,7 +139,7 @@ def test_a_sample_of_heads_holds_the_first_and_the_last():
 
 
 def test_a_wrong_head_outside_the_sample_is_found(monkeypatch):
-    monkeypatch.setattr(check, "FULL_PAIRS", 0)
+    monkeypatch.setattr(check, "FULL_HEADS", 0)
     heads = sampled_heads(LARGE, 3)
     other = next((b, h) for b in range(3) for h in range(4) if (b, h) not in heads)
     assert verdict(right, LARGE).message is None

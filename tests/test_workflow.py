@@ -1,5 +1,6 @@
 """The workflow as a user meets it: what it says first, what it refuses, what it lists."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -96,8 +97,20 @@ def test_a_missing_recorded_file_is_named(recorded):
     (recorded / "measurements" / "h100-sxm-80gb" / "timing" / "gate.spaced.json").unlink()
     run = snakemake(recorded, "-n", "results")
     assert run.returncode != 0
-    assert "lacks timing/gate.spaced.json. A replay measures nothing" in run.stdout
+    assert "lacks timing/gate.spaced.json, which its config.json names" in run.stdout
     assert "Missing input files" not in run.stdout
+
+
+def test_what_was_not_recorded_is_announced_and_the_rest_is_rendered(recorded):
+    folder = recorded / "measurements" / "h100-sxm-80gb"
+    held = json.loads(json.dumps(DEFAULT))
+    (folder / "config.json").write_text(json.dumps(held))
+    assert "not in the recorded run" not in snakemake(recorded, "-n", "results").stdout
+    held["suites"]["time"]["sustained"] = []
+    (folder / "config.json").write_text(json.dumps(held))
+    run = snakemake(recorded, "-n", "results")
+    assert run.returncode == 0, run.stdout
+    assert "not in the recorded run, so not rendered: timing/" in run.stdout
 
 
 def test_another_device_is_named(recorded):

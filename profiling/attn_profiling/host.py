@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import random
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ from attn_profiling.timing import known_choices, with_twin
 from attn_profiling.workers import Reporter, Worker, WorkerDied
 
 WARM_CALLS = 20
+FEWEST_CALLS = 50
+BUDGET_US = 100_000.0  # GPU time of one kind of sample, beyond which fewer calls are made
 PORTION = 100
 SILENCE_S = 180.0
 KINDS = ("eager_host_us", "fresh_pointer_host_us", "eager_latency_us")
@@ -61,11 +64,10 @@ def unsynchronised(machine: Machine, call: Callable[[int], Any], count: int) -> 
 def measure_call(
     machine: Machine, rotation: Rotation, call: Callable[[int], Any], count: int
 ) -> dict[str, Any]:
-    """All host samples of one subject on one problem."""
-
-    for i in range(WARM_CALLS):
-        call(i % 2)
-    machine.synchronize()
+    """All host samples of one subject on one problem, `count` of each kind or, of long calls,
+    fewer."""
+    warm = clocked(lambda i: call(i % 2), WARM_CALLS, machine.synchronize)
+    count = min(count, max(FEWEST_CALLS, int(BUDGET_US / statistics.median(warm))))
     gc.collect()
     gc.disable()
     try:

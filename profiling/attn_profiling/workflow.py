@@ -136,10 +136,20 @@ def _check_recorded(plan: Plan) -> None:
     absent = [name for name in raw_files(plan.config) if not (plan.raw / name).is_file()]
     if absent:
         raise ConfigError(
-            f"the recorded run in {plan.raw}/ lacks {', '.join(absent)}. A replay measures nothing:"
-            " leave those suites out of the configuration, or measure on a machine with the GPU"
-            " (make measure) and make that the recorded run (make promote RUN=<id>)"
+            f"the recorded run in {plan.raw}/ lacks {', '.join(absent)}, which its config.json"
+            " names. A replay measures nothing: restore the files, or measure on a machine with"
+            " the GPU (make measure) and make that the recorded run (make promote RUN=<id>)"
         )
+
+
+def _recorded(config: Config, raw: Path) -> tuple[Config, list[str]]:
+    """The configuration with the suites that were recorded, and the files that it asks for beyond
+    them: a replay renders what there is, and says what was not measured."""
+    path = raw / "config.json"
+    if not path.is_file():
+        return config, []
+    held = {**config, "suites": json.loads(path.read_text())["suites"]}
+    return held, [name for name in raw_files(config) if name not in raw_files(held)]
 
 
 def prepare(
@@ -160,6 +170,9 @@ def prepare(
     run = _run_id(config) if tier == "measure" else str(config["device"])
     engine = container.choose(config["container"]["engine"], gpu=tier == "measure")
     head, dirty = device.commit(root)
+    unmeasured: list[str] = []
+    if tier == "replay":
+        config, unmeasured = _recorded(config, Path("measurements", run))
     plan = Plan(
         config=config,
         tier=tier,
@@ -182,6 +195,12 @@ def prepare(
         )
     if tier == "replay" and not set(targets) & {"container", "verify"}:
         _check_recorded(plan)
+    if unmeasured:
+        print(
+            f"not in the recorded run, so not rendered: {', '.join(unmeasured)}",
+            file=sys.stderr,
+            flush=True,
+        )
     wants_pdf = config["paper"] and (not targets or {"all", "results/main.pdf"} & set(targets))
     if wants_pdf and engine == "none":
         missing = environment.missing_tex()
