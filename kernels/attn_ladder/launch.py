@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -21,21 +21,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import driver
 
-if not triton.__version__.startswith("3.6."):
-    raise ImportError(
-        f"triton {triton.__version__} has another Gluon and another launcher; triton 3.6 is needed"
-    )
-
 COUNTER_SLOTS = 16384
 COUNTER_INTS = 8  # 32 bytes a slot: the next tile, and how many CTAs are done
-
-
-class Layout(NamedTuple):
-    """What the descriptor of a tensor covers: the number of the tensor, its shape and strides."""
-
-    tensor: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 class Kernel:
@@ -62,12 +49,16 @@ class Kernel:
         self._head = (self.compiled.function, run.launch_cooperative_grid, run.launch_pdl)
         self._middle = (None, None, self.compiled.packed_metadata, None, None, None)
         self._maps = self.compiled.metadata.tensordesc_meta or []
+        self._encode = lru_cache(maxsize=1024)(self._encode_anew)
 
-    def tensor_map(
+    def tensor_map(self, position: int, tensor: torch.Tensor) -> tuple[Any, ...]:
+        """What the launch wants for the descriptor at `position`: the map, and its shape and
+        strides, which kernels that only copy with TMA do not read."""
+        return self._encode(position, tensor.data_ptr(), tensor.shape, tensor.stride())
+
+    def _encode_anew(
         self, position: int, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...]
     ) -> tuple[Any, ...]:
-        """What the launch wants for the descriptor at `position`: the encoded map, and its shape
-        and strides, which kernels that only copy with TMA do not read."""
         meta = self._maps[position]
         # where a dimension has one element its stride is arbitrary, but TMA wants 16 bytes
         steps = [
@@ -84,23 +75,6 @@ class Kernel:
             0,
         )
         return (encoded, *shape, *steps, 1)
-
-    def tensor_maps(self, *tensors: Layout) -> Callable[..., tuple[Any, ...]]:
-        """A function from the tensors' addresses to the launch arguments of their descriptors.
-
-        It remembers the last 64 results. A map encodes the address and what is fixed here: the
-        shape, the strides, and of this kernel the element type and the block.
-        """
-
-        @lru_cache(maxsize=64)
-        def encode(*pointers: int) -> tuple[Any, ...]:
-            maps = [
-                self.tensor_map(position, pointers[layout.tensor], layout.shape, layout.strides)
-                for position, layout in enumerate(tensors)
-            ]
-            return tuple(itertools.chain.from_iterable(maps))
-
-        return encode
 
     def launch(self, grid: int, stream: int, arguments: tuple[Any, ...]) -> None:
         """Launch `grid` CTAs. Pointers are integers; the device must be current."""
