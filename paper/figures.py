@@ -56,6 +56,14 @@ def _shown(evidence: Evidence) -> list[str]:
     return [s for s in evidence.subjects if stage.subject(s).kind in ("stage", "peer")]
 
 
+def _say_if_empty(axes: Any) -> None:
+    """Write into a panel that holds no data that there is none."""
+    if axes.lines or axes.patches:
+        return
+    axes.tick_params(left=False, labelleft=False)
+    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=7)
+
+
 def _line(axes: Any, name: str, x: Sequence[float], values: Sequence[Value | None]) -> None:
     kept = [(a, v) for a, v in zip(x, values, strict=True) if v is not None]
     if not kept:
@@ -71,6 +79,7 @@ def _line(axes: Any, name: str, x: Sequence[float], values: Sequence[Value | Non
 def _seqlen_axis(axes: Any) -> None:
     ticks = [512, 1024, 2048, 4096, 8192, 16384]
     axes.set_xscale("log", base=2)
+    axes.set_xlim(400, 21000)
     axes.set_xticks(ticks, ["512", "1k", "2k", "4k", "8k", "16k"])
     axes.minorticks_off()
 
@@ -91,6 +100,7 @@ def _over_grid(
         axes.set_title(f"headdim {headdim}, {'causal' if causal else 'full'}", fontsize=8)
         axes.set_xlabel("seqlen")
         _seqlen_axis(axes)
+        _say_if_empty(axes)
     all_axes[0].set_ylabel(ylabel)
     handles, labels = all_axes[0].get_legend_handles_labels()
     if handles:
@@ -115,7 +125,8 @@ def ratio(evidence: Evidence) -> Any:
         evidence, names, lambda p, s: evidence.speedup("grid", p, s, "fa3"), "speed over FA3"
     )
     for axes in figure.axes:
-        axes.axhline(1.0, color=COLORS["fa3"], linewidth=0.8)
+        if axes.lines:
+            axes.axhline(1.0, color=COLORS["fa3"], linewidth=0.8)
     return figure
 
 
@@ -159,6 +170,7 @@ def _profile(evidence: Evidence, metric: str, ylabel: str, axes: Any) -> None:
     axes.set_xticks(range(len(problems)), words, fontsize=6)
     axes.set_ylabel(ylabel)
     axes.grid(axis="x", visible=False)
+    _say_if_empty(axes)
 
 
 def _threshold(evidence: Evidence, constraint: str, axes: Any) -> None:
@@ -185,7 +197,7 @@ def _two_profiles(
     figure, all_axes = plt.subplots(2, 1, figsize=(7.2, 3.6), layout="constrained")
     for n, (axes, (metric, ylabel)) in enumerate(zip(all_axes, metrics, strict=True)):
         _profile(evidence, metric, ylabel, axes)
-        if n == claimed:
+        if n == claimed and axes.patches:
             _threshold(evidence, constraint, axes)
     handles, labels = all_axes[0].get_legend_handles_labels()
     if handles:
@@ -243,7 +255,10 @@ def launch(evidence: Evidence) -> Any:
             for v, p in zip(found("gpu_us", "spaced"), problems, strict=True)
         ]
         _line(all_axes[2], name, batches, gpu)
-    _threshold(evidence, "launch", all_axes[0])
+    for axes in all_axes:
+        _say_if_empty(axes)
+    if all_axes[0].lines:
+        _threshold(evidence, "launch", all_axes[0])
     words = (
         "eager, not GPU time (%)",
         "graph, not GPU time (%)",
@@ -280,9 +295,8 @@ def controls(evidence: Evidence) -> Any:
         if points:
             axes.plot(*zip(*sorted(points), strict=True), "o-", color="#2a74a8")
         else:
-            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=7)
             axes.set_xticks([])
-            axes.set_yticks([])
+            _say_if_empty(axes)
         axes.set_title(name, fontsize=8)
         axes.set_xlabel("planted dose")
         axes.set_ylabel(control.get("metric", "").replace("_", " "), fontsize=7)

@@ -60,6 +60,13 @@ class Table:
     rules: frozenset[int] = frozenset()
     """Rows before which a rule is drawn."""
     align: str = ""
+    labels: int = 1
+    """How many leading columns name a row; the others hold what was found."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was found for any row."""
+        return all(cell in ("", "–") for row in self.rows for cell in row[self.labels :])
 
 
 _LATEX = {
@@ -95,11 +102,11 @@ def latex(table: Table, stamp: str) -> str:
     lines = [r"\fitted{%"]
     lines += [rf"\begin{{tabular}}{{@{{}}{table.align or 'l' * width}@{{}}}}", r"\toprule"]
     lines.append(" & ".join(escape(cell) for cell in table.header) + r" \\")
-    for n, row in enumerate(table.rows):
+    for n, row in enumerate([] if table.is_empty else table.rows):
         if n == 0 or n in table.rules:
             lines.append(r"\midrule")
         lines.append(" & ".join(escape(cell) for cell in row) + r" \\")
-    if not table.rows:
+    if table.is_empty:
         lines += [r"\midrule", rf"\multicolumn{{{width}}}{{c}}{{not measured in this run}} \\"]
     lines += [r"\bottomrule", r"\end{tabular}}"]
     note = f"{table.note} " if table.note else ""
@@ -161,6 +168,7 @@ def grid(evidence: Evidence, suite: str = "grid") -> Table:
         f" spaced launches; sustained: over FA3, back to back. {INCONCLUSIVE_NOTE}",
         _grid_rules(problems) | {len(problems)},
         "rlr" + "r" * (len(header) - 3),
+        labels=3,
     )
 
 
@@ -211,6 +219,7 @@ def ladder(evidence: Evidence) -> Table:
         " the ratio that the model's overlapped time would give at the measured clock.",
         frozenset({stages}),
         "llrrrlrrr",
+        labels=2,
     )  # fmt: skip
 
 
@@ -241,6 +250,7 @@ def variants(evidence: Evidence) -> Table:
         "Below 1: the stage loses by the change, so what was taken away is worth keeping. Paired,"
         " interleaved launches in the same processes; spaced.",
         align="llp{0.3\\linewidth}r" + "r" * len(problems),
+        labels=3,
     )
 
 
@@ -300,6 +310,7 @@ def published(evidence: Evidence) -> Table:
         " label of headdim 128, full, 512 could not be read with certainty.",
         _grid_rules(problems),
         "rlrrrrr",
+        labels=4,
     )  # fmt: skip
 
 
@@ -524,6 +535,7 @@ def witnesses(evidence: Evidence, problem: str = GATE) -> Table:
         f"Problem {problem}. Barriers: warps per visible 128×128 score tile.",
         rules,
         "ll" + "r" * len(names),
+        labels=2,
     )
 
 
@@ -553,6 +565,7 @@ def stalls(evidence: Evidence, problem: str = GATE) -> Table:
         f"Problem {problem}: warp cycles per issued instruction.",
         frozenset({len(metrics.STALLS)}),
         "ll" + "r" * len(names),
+        labels=2,
     )
 
 
@@ -583,6 +596,7 @@ def host(evidence: Evidence) -> Table:
         " part of the eager latency at batch 32 that is not GPU time; time per sequence at batch 1"
         " over that at batch 32 (the plan: 5 to 6).",
         align="l" + "r" * 9,
+        labels=1,
     )  # fmt: skip
 
 
@@ -610,6 +624,7 @@ def regimes(evidence: Evidence) -> Table:
         "Medians of NVML readings; power and energy in the sustained regime.",
         _grid_rules(problems),
         "rlr" + "r" * 8,
+        labels=3,
     )
 
 
@@ -647,6 +662,7 @@ def roofline(evidence: Evidence) -> Table:
         " launch and tail; %: least over measured.",
         _grid_rules(problems),
         "rlr" + "r" * 11 + "l",
+        labels=3,
     )  # fmt: skip
 
 
@@ -672,6 +688,7 @@ def checks(evidence: Evidence) -> Table:
         rows,
         "Bound: twice the error of low-precision PyTorch against fp32, plus FA3's rounding term.",
         align="lrrrrr",
+        labels=1,
     )
 
 
