@@ -787,15 +787,18 @@ def headline(evidence: Evidence) -> str:
         "Batch 16, 16 heads, seqlen 2048, headdim 64, causal, bf16, spaced launches.",
         "",
     ]
-    top = evidence.top
-    if top:
-        words = []
-        for peer, word in (("fa3", "FA3"), (BEST, "the best peer")):
-            median = evidence.speedup("grid", MEDIAN, top, peer)
+    top = evidence.top or ""
+    words = []
+    for peer, word in (("fa3", "FA3"), (BEST, "the best peer")):
+        median = evidence.speedup("grid", MEDIAN, top, peer)
+        if median is not None:
             least = evidence.speedup("grid", MINIMUM, top, peer)
             words.append(f"{interval(median)} of {word} in the median, {number(least, 2)} at least")
+    if words:
         lines.append(f"On the grid of the FA3 paper {label(top)} reaches {'; '.join(words)}.")
-        lines.append("")
+    else:
+        lines.append("The grid of the FA3 paper was not measured in this run.")
+    lines.append("")
     lines.append("| constraint | found in FA3 | claimed | verdict |")
     lines.append("|---|---|---|---|")
     for row in constraints(evidence).rows:

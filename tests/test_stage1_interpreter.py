@@ -1,7 +1,7 @@
 """Stage 1 under Triton's interpreter, on the CPU, against the fp32 reference.
 
-The interpreter and the compiler cannot share a process, and the interpreter computes bf16 wrongly, so the cases run
-in one subprocess, in fp16 and fp32.
+The interpreter and the compiler cannot share a process, and the interpreter computes bf16 wrongly,
+so the cases run in one subprocess, in fp16 and fp32.
 """
 
 import json
@@ -43,7 +43,8 @@ for dtype, b, sq, sk, h, hk, d, causal, scale in json.loads(sys.argv[1]):
     low, _ = attention_reference(q, k, v, causal=causal, upcast=False)
     bound, _ = error_bound(ref, low)
     finite = torch.isfinite(ref_lse)
-    lse_ok = torch.equal(torch.isfinite(lse), finite) and torch.allclose(lse[finite], ref_lse[finite], atol=2e-3)
+    lse_ok = torch.equal(torch.isfinite(lse), finite)
+    lse_ok = lse_ok and torch.allclose(lse[finite], ref_lse[finite], atol=2e-3)
     error = (out.float() - ref).abs().max().item()
     allowance = 1e-4 if dtype == "fp32" else 0.0  # the rule compares roundings of a 16-bit type
     results.append([error <= bound + allowance, bool(lse_ok), error, bound])
