@@ -295,6 +295,7 @@ class Maker:
                     "fresh_pointer_host_us": self.samples(1.4 * cost, 10),
                     "eager_latency_us": self.samples(latency, 30),
                     "graph_latency_us": self.samples(true_us(problem, name) + 5.0, 30),
+                    "graph_gpu_us": self.samples(true_us(problem, name), 30),
                     "graph_note": None,
                 }
             problems.append(

@@ -67,7 +67,13 @@ _SAMPLED = {
     "power_w": "W",
     "energy_mj": "mJ",
 }
-_HOST = ("eager_host_us", "eager_latency_us", "graph_latency_us", "fresh_pointer_host_us")
+_HOST = (
+    "eager_host_us",
+    "eager_latency_us",
+    "graph_latency_us",
+    "graph_gpu_us",
+    "fresh_pointer_host_us",
+)
 
 
 @dataclass
@@ -483,7 +489,7 @@ class Tidier:
                 for subject, taken in entry["samples"].items():
                     if self.is_stale(path, data, subject):
                         continue
-                    drawn = {n: stats.replicates(taken[n]) for n in _HOST if taken[n]}
+                    drawn = {n: stats.replicates(taken[n]) for n in _HOST if taken.get(n)}
                     if fa3 and subject != REFERENCE_PEER:
                         base = stats.replicates(fa3["eager_host_us"])
                         cost = drawn["eager_host_us"].map(lambda us, fa3_us: us / fa3_us, base)
@@ -501,23 +507,21 @@ class Tidier:
                 self._per_sequence(suite, subject, NO_REGIME, "per_sequence_eager", by_batch)
 
     def _launch_share(
-        self,
-        suite: str,
-        problem: Problem,
-        subject: str,
-        latencies: Mapping[str, stats.Replicates],
+        self, suite: str, problem: Problem, subject: str, taken: Mapping[str, stats.Replicates]
     ) -> None:
-        """The part of a call's latency in which its kernels do not run, eager and in a graph."""
-        timed = self.gpu_us.get((suite, problem.id, subject, "spaced"))
-        if timed is None:
+        """The part of a call's latency in which its kernels do not run, eager and in a graph.
+
+        GPU time and latency come from one loop: the GPU time of spaced launches is that of another
+        clock and another cache. A record without it has no such rows.
+        """
+        if "graph_gpu_us" not in taken:
             return
         for latency, name in (
             ("eager_latency_us", "launch_share"),
             ("graph_latency_us", "launch_share_graph"),
         ):
-            if latency in latencies:
-                share = latencies[latency].map(lambda us, gpu: 100 * (1 - gpu / us), timed[1])
-                self.interval(suite, problem, subject, NO_REGIME, name, "%", share.interval())
+            share = taken[latency].map(lambda us, gpu: 100 * (1 - gpu / us), taken["graph_gpu_us"])
+            self.interval(suite, problem, subject, NO_REGIME, name, "%", share.interval())
 
     def energy_over_fa3(self) -> None:
         """Energy of a call over that of FA3, where both were read."""
