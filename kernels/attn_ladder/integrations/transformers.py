@@ -206,8 +206,8 @@ class BoundedLayer(DynamicLayer):
         total = held + key_states.shape[2]
         if total > self.max_cache_len:
             logger.warning_once(
-                f"attn_ladder: the cache limit of {self.max_cache_len} tokens is reached; later tokens "
-                "are kept by concatenation, which is slower"
+                f"attn_ladder: the cache limit of {self.max_cache_len} tokens is reached; "
+                "later tokens are kept by concatenation, which is slower"
             )
             self.buffers = None
             return super().update(key_states, value_states, *args, **kwargs)
