@@ -58,7 +58,7 @@ def cases(wrong: bool) -> dict:
         return bool((out - ref[0]).abs().max().item() <= bound and right)
 
     done = {}
-    chosen = list(CASES.items())[:3] if wrong else CASES.items()
+    chosen = {"grouped": CASES["grouped"]}.items() if wrong else CASES.items()
     for name, (dtype, lens, capacity, sq, new, h, hk, d, causal, page, rows) in chosen:
         torch.manual_seed(0)
         kind = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
