@@ -238,7 +238,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def explain(
+def explain_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -247,7 +247,7 @@ def explain(
     softmax_scale: float | None = None,
     return_lse: bool = False,
 ) -> Route:
-    """What `attention` would do with the same arguments; print it. Raises what it would raise."""
+    """What `attention` would do with the same arguments. Raises what it would raise."""
     chosen = prepare(q, k, v, causal, softmax_scale)
     copies = {
         name: chosen.copies.get(name, f"its address is no multiple of {chosen.alignment} bytes")
@@ -257,3 +257,18 @@ def explain(
     return Route(
         chosen.subject, chosen.why, chosen.config, copies, chosen.forward, chosen.alignment
     )
+
+
+def explain(*args: Any, **arguments: Any) -> Route:
+    """What `attention` would do with the same arguments; print it. Raises what it would raise.
+
+    With `cache_seqlens` among the arguments it speaks of `attention_with_kvcache`, with
+    `cu_seqlens_q` of `attention_varlen`.
+    """
+    if "cache_seqlens" in arguments or "cu_seqlens_q" in arguments:
+        from attn_ladder import serving
+
+        if "cache_seqlens" in arguments:
+            return serving.explain_kvcache(*args, **arguments)
+        return serving.explain_varlen(*args, **arguments)
+    return explain_attention(*args, **arguments)

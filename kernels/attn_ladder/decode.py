@@ -1,0 +1,540 @@
+"""Attention over a KV cache and over ragged sequences: split-KV, in plain Triton (sm_80 and on).
+
+Decoding one token reads all of K and V and computes little, so device memory bounds it: the time to
+aim at is (bytes of K and V) / (copy bandwidth), and the witness is DRAM throughput. Hence:
+
+- The query heads that share a key head, and the query tokens, are packed into the rows of one tile
+  (row = token * group + head in group), so K and V are read once per key head, 128 bits a load.
+- The keys of a sequence are split among CTAs (flash-decoding, Dao et al., 2023), so that one short
+  batch still fills 132 SMs; a second kernel combines the partial results.
+- Triton's pipeliner keeps num_stages blocks of K and V in flight (cp.async).
+- New keys are appended by the CTA whose split they fall into. Everybody reads them from `k`, `v`,
+  nobody from the cache, so there is no race between the append and the attention.
+
+Split policy, fixed: a sequence of n keys is cut into splits of
+
+    max(min_split, ceil(ceil(n / max_splits) / BLOCK_N) * BLOCK_N)   keys,
+
+with min_split and max_splits from `plan(seqlen_q, nheads, nheads_k, headdim)`. Neither depends on
+the batch, the other sequences or the capacity of the cache; splits and blocks are counted from the
+first key that is attended to; the combine adds CHUNK splits at a time, in order. So the output of a
+sequence is bitwise the same alone and inside any batch, padded on the left or not, paged or not.
+
+Error flag: no value of a length, a page or an index leads to an access outside the tensors. A
+sequence with a bad value gives NaN in `out` and `lse`, appends nothing, and sets bits of
+`error_flag(device)`, an int32 tensor of one element that stays set until `clear_errors`:
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = math.log2(math.e)
+ERRORS = {
+    1: "cache_seqlens: negative, or beyond the capacity of the cache with the appended tokens",
+    2: "block_table: a page index outside the cache",
+    4: "cache_batch_idx: an index outside the cache",
+    8: "cu_seqlens: decreasing, outside the tensors, or longer than max_seqlen",
+    16: "key_range: outside the keys, or a mask that no range expresses",
+}
+__doc__ += "\n" + "\n".join(f"    {bit:2d}  {text}" for bit, text in ERRORS.items()) + "\n"
+
+CACHE, RANGE, VARLEN = 0, 1, 2  # where the bounds of a sequence come from
+EVERY_KEY = 2**30  # position of a query that sees all keys
+CHUNK = 16  # splits that the combine adds at once
+TARGET_CTAS = 512  # per sequence, at most: four for each of 132 SMs
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of BLOCK_M packed query rows × BLOCK_N keys, `num_warps` warps, `num_stages` blocks in
+    flight; a sequence is cut into at most `max_splits` splits of at least `min_split` keys."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    max_splits: int
+    min_split: int
+
+    def __post_init__(self) -> None:
+        for name in ("BLOCK_M", "BLOCK_N"):
+            value = getattr(self, name)
+            if value < 16 or value & (value - 1):
+                raise ValueError(f"{name}={value} must be a power of two and at least 16")
+        if self.min_split < 1 or self.min_split % self.BLOCK_N:
+            raise ValueError(
+                f"min_split={self.min_split} must be a multiple of BLOCK_N={self.BLOCK_N}"
+            )
+        if self.max_splits < 1:
+            raise ValueError(f"max_splits={self.max_splits} must be at least 1")
+
+
+@lru_cache(maxsize=1024)
+def plan(seqlen_q: int, nheads: int, nheads_k: int, headdim: int) -> Config:
+    """Tile and split policy of a call whose sequences have at most `seqlen_q` query tokens each.
+
+    Depends on nothing but its arguments, so a sequence is split alike in every batch.
+    """
+    rows = seqlen_q * (nheads // nheads_k)
+    block_m = min(128, max(16, triton.next_power_of_2(rows)))
+    block_n = 64
+    tiles = triton.cdiv(rows, block_m) * nheads_k
+    splits = 1
+    while splits < 128 and 2 * splits * tiles <= TARGET_CTAS:
+        splits *= 2
+    # a partial result is 4 * headdim bytes a row, a key and its value are 4 * headdim bytes: at 16
+    # keys a row the partial results are 1/16 of what is read
+    min_split = triton.cdiv(16 * min(rows, block_m), block_n) * block_n
+    return Config(
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=8 if block_m == 128 else 4,
+        num_stages=3 if headdim == 128 else 4,
+        max_splits=splits,
+        min_split=min_split,
+    )
+
+
+@triton.jit
+def sequence(
+    batch, bounds_ptr, index_ptr, seqlen_q, max_seqlen_q, seqlen_new, capacity, num_rows,
+    MODE: tl.constexpr, CAUSAL: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    """Bounds of one sequence, all of them harmless whatever the values in memory are.
+
+    Returns (first query, number of queries, cache row, first key, keys already stored, keys in all,
+    position of the first query among the keys, error bits).
+    """
+    error = 0
+    first_q = 0
+    num_q = seqlen_q
+    row = batch
+    first_k = 0
+    if MODE == 0:
+        if INDEXED:
+            row = tl.load(index_ptr + batch)
+            error = tl.where((row < 0) | (row >= num_rows), 4, 0)
+        stored = tl.load(bounds_ptr + batch)
+        error = error | tl.where((stored < 0) | (stored > capacity - seqlen_new), 1, 0)
+        length = stored + seqlen_new
+        position = length - seqlen_q
+    elif MODE == 1:
+        first_k = tl.load(bounds_ptr + 3 * batch)
+        end = tl.load(bounds_ptr + 3 * batch + 1)
+        error = tl.where((first_k < 0) | (end < first_k) | (end > capacity), 16, 0)
+        length = end - first_k
+        stored = length
+        position = tl.load(bounds_ptr + 3 * batch + 2) - first_k
+    else:
+        row = 0
+        first_k = tl.load(bounds_ptr + batch)
+        end = tl.load(bounds_ptr + batch + 1)
+        first_q = tl.load(index_ptr + batch)
+        num_q = tl.load(index_ptr + batch + 1) - first_q
+        error = tl.where((first_k < 0) | (end < first_k) | (end > capacity), 8, 0)
+        outside = (first_q < 0) | (num_q < 0) | (first_q > seqlen_q - num_q)
+        error = error | tl.where(outside | (num_q > max_seqlen_q), 8, 0)
+        num_q = tl.where(outside, 0, tl.minimum(num_q, max_seqlen_q))
+        first_q = tl.where(outside, 0, first_q)
+        length = end - first_k
+        stored = length
+        position = length - num_q
+    if error != 0:
+        row = 0
+        first_k = 0
+        stored = 0
+        length = 0
+    if not CAUSAL:
+        position = 1073741824
+    return first_q, num_q, row, first_k, stored, length, position, error
+
+
+@triton.jit
+def split_length(length, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys of a split of a sequence of `length` keys."""
+    return tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(length, MAX_SPLITS), BLOCK_N) * BLOCK_N)
+
+
+@triton.jit
+def offsets_of(
+    table_ptr, start_n, offs_n, inside, num_pages, k_step, v_step, k_page_step, v_page_step,
+    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Where key rows lie: offsets of K and V [BLOCK_N], which of `inside` may be read, which of
+    them have a bad page."""
+    bad = tl.zeros([BLOCK_N], tl.int32)
+    if PAGE_SIZE == 0:
+        rows = offs_n.to(tl.int64)
+        return rows * k_step, rows * v_step, inside, bad
+    if PAGE_SIZE % BLOCK_N == 0:  # a block of keys lies in one page
+        page = tl.load(table_ptr + start_n // PAGE_SIZE) + bad
+    else:
+        page = tl.load(table_ptr + offs_n // PAGE_SIZE, mask=inside, other=0)
+    valid = (page >= 0) & (page < num_pages)
+    bad = tl.where(inside & (valid == 0), 1, 0)
+    slot = (offs_n % PAGE_SIZE).to(tl.int64)
+    page = page.to(tl.int64)
+    return (
+        page * k_page_step + slot * k_step,
+        page * v_page_step + slot * v_step,
+        inside & valid,
+        bad,
+    )
+
+
+@triton.jit
+def key_block(
+    acc, m_i, l_i, bad, q, k_ptr, v_ptr, k_new_ptr, v_new_ptr, table_ptr, start_n, rows_seen,
+    stored, length, num_pages, k_step, v_step, k_page_step, v_page_step, k_new_step, v_new_step,
+    qk_scale, MASKED: tl.constexpr, APPEND: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over BLOCK_N keys; row m sees the keys below rows_seen[m]."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, HEADDIM)
+    k_offs, v_offs, readable, bad_page = offsets_of(
+        table_ptr, start_n, offs_n, offs_n < stored, num_pages,
+        k_step, v_step, k_page_step, v_page_step, PAGE_SIZE, BLOCK_N,
+    )  # fmt: skip
+    k_ptrs = k_ptr + k_offs[:, None] + offs_d[None, :]
+    v_ptrs = v_ptr + v_offs[:, None] + offs_d[None, :]
+    fresh = (offs_n >= stored) & (offs_n < length)
+    if MASKED or PAGE_SIZE != 0:
+        bad = bad | bad_page
+        k = tl.load(k_ptrs, mask=readable[:, None], other=0.0)  # [BLOCK_N, HEADDIM]
+    else:
+        k = tl.load(k_ptrs)
+    if MASKED and APPEND:
+        new_ptrs = k_new_ptr + (offs_n - stored).to(tl.int64)[:, None] * k_new_step
+        k = tl.where(
+            fresh[:, None], tl.load(new_ptrs + offs_d[None, :], mask=fresh[:, None], other=0.0), k
+        )
+    scores = tl.dot(q, tl.trans(k)) * qk_scale  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        scores = tl.where(offs_n[None, :] < rows_seen[:, None], scores, float("-inf"))
+    m_next = tl.maximum(m_i, tl.max(scores, 1))
+    m_safe = m_next
+    if MASKED:
+        m_safe = tl.where(m_next == float("-inf"), 0.0, m_next)  # a row without a key so far
+    p = tl.exp2(scores - m_safe[:, None])
+    alpha = tl.exp2(m_i - m_safe)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    if MASKED or PAGE_SIZE != 0:
+        v = tl.load(v_ptrs, mask=readable[:, None], other=0.0)
+    else:
+        v = tl.load(v_ptrs)
+    if MASKED and APPEND:
+        new_ptrs = v_new_ptr + (offs_n - stored).to(tl.int64)[:, None] * v_new_step
+        v = tl.where(
+            fresh[:, None], tl.load(new_ptrs + offs_d[None, :], mask=fresh[:, None], other=0.0), v
+        )
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return acc, m_next, l_i, bad
+
+
+@triton.jit
+def append_block(
+    k_ptr, v_ptr, k_new_ptr, v_new_ptr, table_ptr, start_n, end, stored, num_pages,
+    k_step, v_step, k_page_step, v_page_step, k_new_step, v_new_step,
+    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr,
+):  # fmt: skip
+    """Copy the new ones of BLOCK_N keys and values into the cache; returns bad pages [BLOCK_N]."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, HEADDIM)
+    k_offs, v_offs, writable, bad = offsets_of(
+        table_ptr, start_n, offs_n, (offs_n >= stored) & (offs_n < end), num_pages,
+        k_step, v_step, k_page_step, v_page_step, PAGE_SIZE, BLOCK_N,
+    )  # fmt: skip
+    rows = (offs_n - stored).to(tl.int64)[:, None]
+    mask = writable[:, None]
+    k = tl.load(k_new_ptr + rows * k_new_step + offs_d[None, :], mask=mask, other=0.0)
+    v = tl.load(v_new_ptr + rows * v_new_step + offs_d[None, :], mask=mask, other=0.0)
+    tl.store(k_ptr + k_offs[:, None] + offs_d[None, :], k, mask=mask)
+    tl.store(v_ptr + v_offs[:, None] + offs_d[None, :], v, mask=mask)
+    return bad
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "max_seqlen_q", "seqlen_new", "capacity", "num_rows"])
+def split_kernel(
+    q_ptr, k_ptr, v_ptr, k_new_ptr, v_new_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    bounds_ptr, index_ptr, table_ptr, error_ptr,
+    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn,
+    stride_vh, stride_k_new_b, stride_k_new_n, stride_k_new_h, stride_v_new_b, stride_v_new_n,
+    stride_v_new_h, stride_ob, stride_om, stride_oh, stride_lb, stride_lh, stride_tb,
+    seqlen_q, max_seqlen_q, seqlen_new, capacity, num_rows, nheads_k, qk_scale,
+    NUM_SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, MODE: tl.constexpr, CAUSAL: tl.constexpr, INDEXED: tl.constexpr,
+    APPEND: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADDIM: tl.constexpr,
+):  # fmt: skip
+    head_k = tl.program_id(0) % nheads_k  # heads first: neighbours in memory are read together
+    split = tl.program_id(0) // nheads_k % NUM_SPLITS
+    batch = tl.program_id(0) // nheads_k // NUM_SPLITS
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest causal tile first
+    first_q, num_q, row, first_k, stored, length, position, error = sequence(
+        batch, bounds_ptr, index_ptr, seqlen_q, max_seqlen_q, seqlen_new, capacity, num_rows,
+        MODE, CAUSAL, INDEXED,
+    )  # fmt: skip
+    if error != 0:
+        tl.atomic_or(error_ptr, error)
+    keys = split_length(length, MAX_SPLITS, MIN_SPLIT, BLOCK_N)
+    start = split * keys
+    if (start >= length) & (split > 0):
+        return
+    if tile * BLOCK_M >= num_q * GROUP:
+        return
+
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, HEADDIM)
+    token = offs_m // GROUP
+    head = head_k * GROUP + offs_m % GROUP
+    inside = token < num_q
+    q_rows = (first_q + token).to(tl.int64) * stride_qm + head.to(tl.int64) * stride_qh
+    if MODE != 2:
+        q_ptr += batch.to(tl.int64) * stride_qb
+    q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=inside[:, None], other=0.0)
+
+    if PAGE_SIZE == 0:
+        k_ptr += row.to(tl.int64) * stride_kb + first_k.to(tl.int64) * stride_kn
+        v_ptr += row.to(tl.int64) * stride_vb + first_k.to(tl.int64) * stride_vn
+    k_ptr += head_k.to(tl.int64) * stride_kh
+    v_ptr += head_k.to(tl.int64) * stride_vh
+    k_new_ptr += batch.to(tl.int64) * stride_k_new_b + head_k.to(tl.int64) * stride_k_new_h
+    v_new_ptr += batch.to(tl.int64) * stride_v_new_b + head_k.to(tl.int64) * stride_v_new_h
+    table_ptr += batch.to(tl.int64) * stride_tb
+
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEADDIM], tl.float32)
+    bad = tl.zeros([BLOCK_N], tl.int32)
+
+    # keys below `interior` are stored and seen by every row of the tile
+    stop = tl.minimum(start + keys, length)
+    rows_seen = tl.minimum(stop, position + token + 1)
+    last_token = tl.minimum(num_q - 1, (tile * BLOCK_M + BLOCK_M - 1) // GROUP)
+    end = tl.minimum(stop, position + last_token + 1)
+    interior = tl.minimum(tl.minimum(stop, stored), position + tile * BLOCK_M // GROUP + 1)
+    interior = start + tl.maximum(0, interior - start) // BLOCK_N * BLOCK_N
+    for start_n in range(start, interior, BLOCK_N):
+        acc, m_i, l_i, bad = key_block(
+            acc, m_i, l_i, bad, q, k_ptr, v_ptr, k_new_ptr, v_new_ptr, table_ptr, start_n,
+            rows_seen, stored, length, num_rows, stride_kn, stride_vn, stride_kb,
+            stride_vb, stride_k_new_n, stride_v_new_n, qk_scale,
+            False, APPEND, PAGE_SIZE, BLOCK_N, HEADDIM,
+        )  # fmt: skip
+    # few blocks, with more loads each: less depth, so that more CTAs fit on an SM
+    for start_n in tl.range(interior, end, BLOCK_N, num_stages=2):
+        acc, m_i, l_i, bad = key_block(
+            acc, m_i, l_i, bad, q, k_ptr, v_ptr, k_new_ptr, v_new_ptr, table_ptr, start_n,
+            rows_seen, stored, length, num_rows, stride_kn, stride_vn, stride_kb,
+            stride_vb, stride_k_new_n, stride_v_new_n, qk_scale,
+            True, APPEND, PAGE_SIZE, BLOCK_N, HEADDIM,
+        )  # fmt: skip
+    if APPEND:
+        if tile == 0:
+            first_new = start + tl.maximum(0, stored - start) // BLOCK_N * BLOCK_N
+            for start_n in range(first_new, stop, BLOCK_N):
+                bad = bad | append_block(
+                    k_ptr, v_ptr, k_new_ptr, v_new_ptr, table_ptr, start_n, stop, stored,
+                    num_rows, stride_kn, stride_vn, stride_kb, stride_vb,
+                    stride_k_new_n, stride_v_new_n, PAGE_SIZE, BLOCK_N, HEADDIM,
+                )  # fmt: skip
+    if PAGE_SIZE != 0:
+        if tl.max(bad, 0) != 0:
+            tl.atomic_or(error_ptr, 2)
+            error = 2
+
+    empty = l_i == 0.0
+    poison = tl.where(error != 0, float("nan"), 0.0)
+    acc = acc / tl.where(empty, 1.0, l_i)[:, None] + poison
+    lse = tl.where(empty, float("-inf"), m_i + tl.log2(tl.where(empty, 1.0, l_i))) + poison
+    if NUM_SPLITS == 1:
+        if MODE != 2:
+            out_ptr += batch.to(tl.int64) * stride_ob
+            lse_ptr += batch.to(tl.int64) * stride_lb
+        out_rows = (first_q + token).to(tl.int64) * stride_om + head.to(tl.int64) * stride_oh
+        tl.store(
+            out_ptr + out_rows[:, None] + offs_d[None, :],
+            acc.to(out_ptr.dtype.element_ty),
+            mask=inside[:, None],
+        )
+        tl.store(
+            lse_ptr + head.to(tl.int64) * stride_lh + first_q + token,
+            lse * 0.6931471805599453,
+            mask=inside,
+        )
+    else:  # partial results: (batch, NUM_SPLITS, seqlen_q, nheads, HEADDIM), fp32
+        slab = (batch.to(tl.int64) * NUM_SPLITS + split) * seqlen_q
+        rows = (slab + token) * (nheads_k * GROUP) + head
+        tl.store(partial_lse_ptr + rows, lse, mask=inside)
+        tl.store(partial_ptr + rows[:, None] * HEADDIM + offs_d[None, :], acc, mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_new", "capacity", "num_rows"])
+def combine_kernel(
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, bounds_ptr, index_ptr,
+    stride_ob, stride_om, stride_oh, stride_lb, stride_lh,
+    seqlen_q, seqlen_new, capacity, num_rows, nheads,
+    NUM_SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    MODE: tl.constexpr, CAUSAL: tl.constexpr, INDEXED: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADDIM: tl.constexpr, PADDED_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One row of the output: softmax-weighted mean of its partial results, CHUNK at a time."""
+    head = tl.program_id(0) % nheads
+    token = tl.program_id(0) // nheads % seqlen_q
+    batch = tl.program_id(0) // nheads // seqlen_q
+    _, _, _, _, _, length, _, _ = sequence(
+        batch, bounds_ptr, index_ptr, seqlen_q, seqlen_q, seqlen_new, capacity, num_rows,
+        MODE, CAUSAL, INDEXED,
+    )  # fmt: skip
+    keys = split_length(length, MAX_SPLITS, MIN_SPLIT, BLOCK_N)
+    num_splits = tl.maximum(1, tl.cdiv(length, keys))
+    first = (batch.to(tl.int64) * NUM_SPLITS * seqlen_q + token) * nheads + head
+    step = (seqlen_q * nheads).to(tl.int64)
+    offs_s = tl.arange(0, PADDED_SPLITS)
+    every = tl.load(
+        partial_lse_ptr + first + offs_s * step, mask=offs_s < num_splits, other=float("-inf")
+    )
+    m_i = tl.max(every, 0)  # the same whatever the order
+    m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
+    offs_d = tl.arange(0, HEADDIM)
+    acc = tl.zeros([HEADDIM], tl.float32)
+    l_i = 0.0
+    for start_s in range(0, num_splits, CHUNK):
+        splits = start_s + tl.arange(0, CHUNK)
+        rows = first + splits * step
+        mask = splits < num_splits
+        weight = tl.exp2(tl.load(partial_lse_ptr + rows, mask=mask, other=float("-inf")) - m_i)
+        partial = tl.load(
+            partial_ptr + rows[:, None] * HEADDIM + offs_d[None, :], mask=mask[:, None], other=0.0
+        )  # [CHUNK, HEADDIM]
+        acc += tl.sum(weight[:, None] * partial, 0)
+        l_i += tl.sum(weight, 0)
+    empty = l_i == 0.0
+    total = tl.where(empty, 1.0, l_i)
+    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(total)) * 0.6931471805599453)
+    out_ptr += batch.to(tl.int64) * stride_ob + token.to(tl.int64) * stride_om
+    out_ptr += head.to(tl.int64) * stride_oh
+    tl.store(out_ptr + offs_d, (acc / total).to(out_ptr.dtype.element_ty))
+    tl.store(lse_ptr + batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + token, lse)
+
+
+_FLAGS: dict[torch.device, torch.Tensor] = {}
+
+
+def error_flag(device: torch.device) -> torch.Tensor:
+    """The error flag of a device: int32, one element, bits as in `ERRORS`.
+
+    Raises `ValueError` if it would have to be created while a CUDA graph is captured: call the
+    function once before capturing, as its kernels must be compiled then anyway.
+    """
+    if device not in _FLAGS:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(f"error_flag({device=}) does not exist; call once before capturing")
+        _FLAGS[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _FLAGS[device]
+
+
+def clear_errors(device: torch.device) -> list[str]:
+    """What the error flag of a device says, in words; clears it. Synchronises."""
+    flag = error_flag(device)
+    value = int(flag.item())
+    flag.zero_()
+    return [text for bit, text in ERRORS.items() if value & bit]
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mode: int,
+    bounds: torch.Tensor,
+    index: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    k_new: torch.Tensor | None = None,
+    v_new: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the kernels; shapes must be right, values need not be.
+
+    Args:
+        q: (batch, seqlen_q, nheads, headdim); VARLEN: (total_q, nheads, headdim).
+        k, v: (rows, capacity, nheads_k, headdim); VARLEN: (total_k, nheads_k, headdim); with a
+            block table (num_pages, page_size, nheads_k, headdim). The last dimension contiguous.
+        mode: CACHE, RANGE or VARLEN.
+        bounds: int32. CACHE: keys stored (batch,). RANGE: first key, end of the keys, position of
+            the first query (batch, 3). VARLEN: cu_seqlens_k (batch + 1,).
+        index: int32. CACHE: row of the cache (batch,) or None. VARLEN: cu_seqlens_q (batch + 1,).
+        block_table: int32 (batch, pages of a sequence), pages in order, or None.
+        k_new, v_new: (batch, seqlen_new, nheads_k, headdim), appended in place, or None.
+        max_seqlen_q: longest sequence of queries (VARLEN).
+
+    Returns: out like q, contiguous, and the natural-log log-sum-exp, fp32: (batch, nheads,
+        seqlen_q), VARLEN: (nheads, total_q).
+    """
+    ragged = mode == VARLEN
+    batch = bounds.shape[0] - 1 if ragged else q.shape[0]
+    seqlen_q, nheads, headdim = q.shape[-3:]
+    longest = max_seqlen_q if ragged else seqlen_q
+    nheads_k = k.shape[-2]
+    if config is None:
+        config = plan(longest, nheads, nheads_k, headdim)
+    page_size = 0 if block_table is None else k.shape[1]
+    capacity = k.shape[-3] if block_table is None else block_table.shape[1] * page_size
+    num_rows = 1 if ragged else k.shape[0]
+    seqlen_new = 0 if k_new is None else k_new.shape[1]
+    group = nheads // nheads_k
+    scale = headdim**-0.5 if softmax_scale is None else softmax_scale
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    shape = (nheads, seqlen_q) if ragged else (batch, nheads, seqlen_q)
+    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    num_splits = 1
+    if not ragged:
+        num_splits = max(1, min(config.max_splits, triton.cdiv(capacity, config.min_split)))
+    partial = partial_lse = lse
+    if num_splits > 1:
+        rows = (batch, num_splits, seqlen_q, nheads)
+        partial = torch.empty((*rows, headdim), dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+
+    def strides(x: torch.Tensor) -> tuple[int, ...]:
+        return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
+
+    new_k, new_v = (k, v) if k_new is None or v_new is None else (k_new, v_new)
+    bound_args = (bounds, bounds if index is None else index)
+    out_strides = (*strides(out), 0 if ragged else lse.stride(0), lse.stride(-2))
+    policy = {
+        "NUM_SPLITS": num_splits, "MAX_SPLITS": config.max_splits, "MIN_SPLIT": config.min_split,
+        "MODE": mode, "CAUSAL": causal, "INDEXED": index is not None and not ragged,
+        "BLOCK_N": config.BLOCK_N, "HEADDIM": headdim,
+    }  # fmt: skip
+    grid = (nheads_k * num_splits * batch, triton.cdiv(longest * group, config.BLOCK_M))
+    split_kernel[grid](
+        q, k, v, new_k, new_v, out, lse, partial, partial_lse, *bound_args,
+        bounds if block_table is None else block_table, error_flag(q.device),
+        *strides(q), *strides(k), *strides(v), *strides(new_k), *strides(new_v), *out_strides,
+        0 if block_table is None else block_table.stride(0),
+        seqlen_q, longest, seqlen_new, capacity, num_rows, nheads_k, scale * LOG2_E,
+        GROUP=group, APPEND=k_new is not None, PAGE_SIZE=page_size, BLOCK_M=config.BLOCK_M,
+        num_warps=config.num_warps, num_stages=config.num_stages, **policy,
+    )  # fmt: skip
+    if num_splits > 1:
+        combine_kernel[(batch * seqlen_q * nheads,)](
+            out, lse, partial, partial_lse, *bound_args, *out_strides,
+            seqlen_q, seqlen_new, capacity, num_rows, nheads,
+            PADDED_SPLITS=max(CHUNK, triton.next_power_of_2(num_splits)), CHUNK=CHUNK,
+            num_warps=4, **policy,
+        )  # fmt: skip
+    return out, lse

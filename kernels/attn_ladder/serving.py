@@ -1,0 +1,451 @@
+"""Attention over a KV cache and over ragged sequences: checks, operators, and what a call runs.
+
+The kernels are in `decode.py`. The operators are torch library operators with fake implementations
+(`torch.ops.attn_ladder.*`), so `torch.compile` traces through them:
+
+    dense     `attn_ladder.attention` with its log-sum-exp
+    ranged    each sequence attends to a range of the keys (what transformers' masks become)
+    decode    `attention_with_kvcache`
+    varlen    `attention_varlen`
+
+They check neither shapes nor values; the functions below do. CPU tensors run under Triton's
+interpreter only (TRITON_INTERPRET=1), there also in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from attn_ladder import decode as kernels
+from attn_ladder.dispatch import (
+    DTYPES,
+    Operand,
+    Route,
+    attention,
+    capability,
+    must_copy,
+    operand,
+)
+from attn_ladder.dispatch import check as check_scale_and_shapes
+
+HEADDIMS = (64, 128)
+PAGE_SIZES = (16, 64, 256)
+WHY = "split-KV over a cache or ragged sequences"
+
+# whether Triton interprets kernels on the CPU; decided when a kernel is defined
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+_LIBRARY = torch.library.Library("attn_ladder", "FRAGMENT")
+
+
+def _register(schema: str, run: Any, fake: Any) -> None:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    for key in ("CUDA", "CPU"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"attn_ladder::{name}", fake, lib=_LIBRARY)
+
+
+def _on_device(q: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if q.device.type == "cuda":
+        with torch.cuda.device_of(q):
+            return kernels.launch(q, *args, **kwargs)
+    if not INTERPRETED:
+        raise ValueError(f"q.device={q.device} must be a CUDA device, or TRITON_INTERPRET=1 set")
+    return kernels.launch(q, *args, **kwargs)
+
+
+def _dense(q, k, v, causal, softmax_scale):
+    if q.device.type == "cuda":
+        return attention(q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True)
+    if not INTERPRETED:
+        raise ValueError(f"q.device={q.device} must be a CUDA device, or TRITON_INTERPRET=1 set")
+    from attn_ladder.stage1_fused import forward
+
+    return forward(q, k, v, causal=causal, softmax_scale=softmax_scale)
+
+
+def _ranged(q, k, v, key_range, softmax_scale):
+    return _on_device(q, k, v, mode=kernels.RANGE, bounds=key_range, softmax_scale=softmax_scale)
+
+
+def _decode(q, k_cache, v_cache, k, v, lens, cache_batch_idx, block_table, causal, softmax_scale):
+    return _on_device(
+        q, k_cache, v_cache, mode=kernels.CACHE, bounds=lens, index=cache_batch_idx,
+        block_table=block_table, k_new=k, v_new=v, causal=causal, softmax_scale=softmax_scale,
+    )  # fmt: skip
+
+
+def _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, causal, softmax_scale):
+    return _on_device(
+        q, k, v, mode=kernels.VARLEN, bounds=cu_seqlens_k, index=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q, causal=causal, softmax_scale=softmax_scale,
+    )  # fmt: skip
+
+
+def _fake(q, *args):
+    batch, seqlen_q, nheads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, nheads, seqlen_q), dtype=torch.float32)
+
+
+def _fake_varlen(q, *args):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+_register(
+    "dense(Tensor q, Tensor k, Tensor v, bool causal, float? softmax_scale) -> (Tensor, Tensor)",
+    _dense,
+    _fake,
+)
+_register(
+    "ranged(Tensor q, Tensor k, Tensor v, Tensor key_range, float? softmax_scale)"
+    " -> (Tensor, Tensor)",
+    _ranged,
+    _fake,
+)
+_register(
+    "decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v,"
+    " Tensor cache_seqlens, Tensor? cache_batch_idx, Tensor? block_table, bool causal,"
+    " float? softmax_scale) -> (Tensor, Tensor)",
+    _decode,
+    _fake,
+)
+_register(
+    "varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+    " SymInt max_seqlen_q, bool causal, float? softmax_scale) -> (Tensor, Tensor)",
+    _varlen,
+    _fake_varlen,
+)
+
+
+def check_tensors(q: Any, others: dict[str, Any], dims: int) -> None:
+    """Types, dimensions, dtypes, devices and gradients of q and what goes with it."""
+    tensors = {"q": q, **others}
+    for name, x in tensors.items():
+        operand(name, x)
+        if x.layout != torch.strided:
+            raise NotImplementedError(f"{name}.layout={x.layout} is not supported; only strided is")
+        if x.dim() != dims:
+            wanted = "(batch, seqlen, nheads, headdim)" if dims == 4 else "(total, nheads, headdim)"
+            raise ValueError(f"{name}.shape={tuple(x.shape)} must be {wanted}")
+        if x.dtype not in DTYPES and not (x.dtype == torch.float32 and INTERPRETED):
+            error = NotImplementedError if x.dtype.is_floating_point else ValueError
+            raise error(f"{name}.dtype={x.dtype} must be torch.bfloat16 or torch.float16")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}.dtype={x.dtype} must be that of q, {q.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}.device={x.device} must be that of q, {q.device}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{name}.requires_grad=True: attention has no backward pass; "
+                "call it under torch.no_grad() or detach its inputs"
+            )
+    if not INTERPRETED and not torch.compiler.is_compiling():
+        gpu = capability(q.device)
+        if gpu < (8, 0):
+            raise NotImplementedError(
+                f"compute capability 8.0 is needed; q is on {gpu[0]}.{gpu[1]}"
+            )
+    if q.shape[-1] not in HEADDIMS:
+        raise NotImplementedError(f"headdim={q.shape[-1]} is not supported; {HEADDIMS} are")
+    for name, x in tensors.items():
+        if 0 in x.shape:
+            raise ValueError(f"{name}.shape={tuple(x.shape)} must have no dimension of 0")
+        if x.shape[-1] != q.shape[-1]:
+            raise ValueError(f"{name}.shape={tuple(x.shape)} must have the headdim of q, "
+                             f"{q.shape[-1]}")  # fmt: skip
+
+
+def _check_heads(q: torch.Tensor, name: str, x: torch.Tensor) -> None:
+    nheads, nheads_k = q.shape[-2], x.shape[-2]
+    if nheads % nheads_k:
+        raise ValueError(f"{nheads=} of q must be a multiple of {nheads_k=} of {name}")
+
+
+def _check_options(causal: Any, softmax_scale: Any) -> None:
+    one = Operand(torch.Size((1, 1, 1, 64)), (64, 64, 64, 1), torch.float16,
+                  torch.device("cpu"), torch.strided)  # fmt: skip
+    check_scale_and_shapes(one, one, one, causal, softmax_scale)
+
+
+def _integers(name: str, x: Any, shape: tuple[int | None, ...], device: torch.device) -> None:
+    operand(name, x)
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    if x.dim() != len(shape) or any(
+        size not in (None, have) for size, have in zip(shape, x.shape, strict=True)
+    ):
+        raise ValueError(f"{name}.shape={tuple(x.shape)} must be ({wanted})")
+    if x.dtype != torch.int32:
+        raise ValueError(f"{name}.dtype={x.dtype} must be torch.int32")
+    if x.device != device and x.device.type != "cpu":
+        raise ValueError(f"{name}.device={x.device} must be that of q, {device}, or cpu")
+
+
+def _readable(validate: bool, x: torch.Tensor | None) -> bool:
+    """Whether the values of a tensor are to be checked on the host."""
+    if x is None or torch.compiler.is_compiling():
+        return False
+    return validate or x.device.type == "cpu"
+
+
+def _check_capture(validate: bool) -> None:
+    if not isinstance(validate, bool):
+        raise ValueError(f"{validate=} must be True or False")
+    if validate and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise ValueError(f"{validate=} synchronises, so it is refused while a graph is captured")
+
+
+def _here(x: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if x is None else x.to(device, non_blocking=True).contiguous()
+
+
+def _row_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _prepare_kvcache(
+    q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, causal, softmax_scale,
+    validate,
+):  # fmt: skip
+    """Check a call; returns `cache_seqlens` as a tensor."""
+    _check_capture(validate)
+    caches = {"k_cache": k_cache, "v_cache": v_cache}
+    if (k is None) != (v is None):
+        missing, given = ("k", "v") if k is None else ("v", "k")
+        raise ValueError(f"{missing}=None but {given} is given; give both or neither")
+    new = {} if k is None else {"k": k, "v": v}
+    check_tensors(q, {**caches, **new}, 4)
+    _check_options(causal, softmax_scale)
+    _check_heads(q, "k_cache", k_cache)
+    batch = q.shape[0]
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"v_cache.shape={tuple(v_cache.shape)} must be that of k_cache, {tuple(k_cache.shape)}"
+        )
+    for name, x in caches.items():
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name}.stride(-1)={x.stride(-1)} must be 1; a cache is never copied")
+    for name, x in new.items():
+        if x.shape[0] != batch or x.shape[2] != k_cache.shape[2]:
+            raise ValueError(
+                f"{name}.shape={tuple(x.shape)} must be ({batch}, any, {k_cache.shape[2]}, "
+                f"{q.shape[3]})"
+            )
+    if k is not None and k.shape != v.shape:
+        raise ValueError(f"v.shape={tuple(v.shape)} must be that of k, {tuple(k.shape)}")
+    capacity = k_cache.shape[1]
+    if block_table is not None:
+        if capacity not in PAGE_SIZES:
+            raise NotImplementedError(
+                f"k_cache.shape={tuple(k_cache.shape)}: page size {capacity} is not supported; "
+                f"{PAGE_SIZES} are"
+            )
+        if cache_batch_idx is not None:
+            raise ValueError("cache_batch_idx must be None where block_table is given")
+        _integers("block_table", block_table, (batch, None), q.device)
+        capacity *= block_table.shape[1]
+    elif cache_batch_idx is not None:
+        _integers("cache_batch_idx", cache_batch_idx, (batch,), q.device)
+    elif k_cache.shape[0] != batch:
+        raise ValueError(
+            f"k_cache.shape[0]={k_cache.shape[0]} must be the batch of q, {batch}; "
+            "give cache_batch_idx to choose rows"
+        )
+    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
+        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32)
+    _integers("cache_seqlens", cache_seqlens, (batch,), q.device)
+    lengths = cache_seqlens.tolist() if _readable(validate, cache_seqlens) else None
+    seqlen_new = 0 if k is None else k.shape[1]
+    if lengths is not None and not all(0 <= n <= capacity - seqlen_new for n in lengths):
+        raise ValueError(
+            f"cache_seqlens={lengths} must be in 0..{capacity - seqlen_new}: the cache holds "
+            f"{capacity} keys and {seqlen_new} are appended"
+        )
+    if _readable(validate, cache_batch_idx):
+        rows = cache_batch_idx.tolist()
+        if not all(0 <= row < k_cache.shape[0] for row in rows):
+            raise ValueError(f"cache_batch_idx={rows} must be in 0..{k_cache.shape[0] - 1}")
+    if lengths is not None and _readable(validate, block_table):
+        for i, (n, pages) in enumerate(zip(lengths, block_table.tolist(), strict=True)):
+            used = pages[: triton.cdiv(n + seqlen_new, k_cache.shape[1])]
+            if not all(0 <= page < k_cache.shape[0] for page in used):
+                raise ValueError(
+                    f"block_table[{i}]={used} must be in 0..{k_cache.shape[0] - 1} for the "
+                    f"{n + seqlen_new} keys of the sequence"
+                )
+    return cache_seqlens
+
+
+def attention_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    cache_seqlens: torch.Tensor | int,
+    cache_batch_idx: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    validate: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a few query tokens over a cache of keys and values, appending in place.
+
+    Semantics of FlashAttention-3's `flash_attn_with_kvcache` (Shah et al., 2024) without rotation.
+
+    Args:
+        q: (batch, seqlen_q, nheads, headdim), fp16 or bf16, headdim 64 or 128.
+        k_cache, v_cache: (rows, capacity, nheads_k, headdim), rows == batch unless
+            `cache_batch_idx` is given; with `block_table` (num_pages, page_size, nheads_k,
+            headdim), page_size 16, 64 or 256. Any strides, the last dimension contiguous; read and
+            written in place.
+        k, v: (batch, seqlen_new, nheads_k, headdim), appended at position `cache_seqlens` of each
+            sequence before the queries attend, or both None.
+        cache_seqlens: keys stored before the call, int32 (batch,), or one int for all.
+        cache_batch_idx: row of the cache of each sequence, int32 (batch,). Rows must differ where
+            `k` is given.
+        block_table: pages of each sequence in order, int32 (batch, max_pages).
+        causal: query i sees key j if j <= i + length - seqlen_q, with length = cache_seqlens +
+            seqlen_new. A query that sees no key gives 0.
+        softmax_scale: positive; 1 / sqrt(headdim) if None.
+        return_lse: also return the log-sum-exp of the scaled scores.
+        validate: check the values of lengths, pages and rows, which synchronises. Values in CPU
+            tensors are always checked. Otherwise a bad value never leads to an access out of
+            bounds: the sequence gives NaN, appends nothing where its length or row is bad, and sets
+            `attn_ladder.decode.error_flag(device)`.
+
+    Returns: out like q, contiguous; with `return_lse` also lse (batch, nheads, seqlen_q), fp32,
+        natural logarithm, -inf where no key is seen. A sequence's result does not depend on the
+        batch, bit for bit (the split policy of `attn_ladder.decode`).
+
+    Raises: `ValueError` for wrong input, `NotImplementedError` for valid, unsupported input.
+    """
+    lens = _prepare_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, causal,
+        softmax_scale, validate,
+    )  # fmt: skip
+    if k is not None and v is not None:
+        k, v = _row_contiguous(k), _row_contiguous(v)
+    out, lse = torch.ops.attn_ladder.decode(
+        _row_contiguous(q), k_cache, v_cache, k, v, _here(lens, q.device),
+        _here(cache_batch_idx, q.device), _here(block_table, q.device), causal, softmax_scale,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _prepare_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale, validate
+) -> None:
+    _check_capture(validate)
+    check_tensors(q, {"k": k, "v": v}, 3)
+    _check_options(causal, softmax_scale)
+    _check_heads(q, "k", k)
+    if k.shape != v.shape:
+        raise ValueError(f"v.shape={tuple(v.shape)} must be that of k, {tuple(k.shape)}")
+    _integers("cu_seqlens_q", cu_seqlens_q, (None,), q.device)
+    _integers("cu_seqlens_k", cu_seqlens_k, (cu_seqlens_q.shape[0],), q.device)
+    if cu_seqlens_q.shape[0] < 2:
+        raise ValueError(f"cu_seqlens_q.shape={tuple(cu_seqlens_q.shape)} must be (batch + 1,)")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
+            raise ValueError(f"{name}={longest!r} must be an int of at least 1")
+    for name, cu, x, longest in (
+        ("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q),
+        ("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k),
+    ):
+        if not _readable(validate, cu):
+            continue
+        ends = cu.tolist()
+        steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        if ends[0] != 0 or ends[-1] != x.shape[0] or min(steps) < 0:
+            raise ValueError(f"{name}={ends} must rise from 0 to {x.shape[0]}")
+        if max(steps) > longest:
+            raise ValueError(
+                f"max_{name[3:-3]}_{name[-1]}={longest} is less than {max(steps)}, the longest in "
+                f"{name}"
+            )
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    validate: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of sequences of different lengths, packed one after the other without padding.
+
+    Args:
+        q: (total_q, nheads, headdim), fp16 or bf16, headdim 64 or 128.
+        k, v: (total_k, nheads_k, headdim); nheads % nheads_k == 0.
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), 0 first, the total last; sequence b is rows
+            cu_seqlens[b] to cu_seqlens[b + 1].
+        max_seqlen_q, max_seqlen_k: the longest sequence, or more.
+        causal: aligned bottom-right in each sequence. A query that sees no key gives 0.
+        softmax_scale: positive; 1 / sqrt(headdim) if None.
+        return_lse: also return the log-sum-exp.
+        validate: as in `attention_with_kvcache`. Otherwise a sequence with bad bounds gives NaN
+            where its rows exist and sets the error flag; rows of no sequence are not written.
+
+    Returns: out like q; with `return_lse` also lse (nheads, total_q), fp32, natural logarithm.
+
+    Raises: `ValueError` for wrong input, `NotImplementedError` for valid, unsupported input.
+    """
+    _prepare_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale,
+        validate,
+    )  # fmt: skip
+    out, lse = torch.ops.attn_ladder.varlen(
+        _row_contiguous(q), _row_contiguous(k), _row_contiguous(v), _here(cu_seqlens_q, q.device),
+        _here(cu_seqlens_k, q.device), max_seqlen_q, causal, softmax_scale,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _route(q, longest, nheads_k, copied, run) -> Route:
+    config = kernels.plan(longest, q.shape[-2], nheads_k, q.shape[-1])
+    copies = {}
+    for name, x in copied.items():
+        reason = None if x is None else must_copy(
+            Operand(torch.Size((1, 1, *x.shape[-2:])), (0, 0, *x.stride()[-2:]), x.dtype, x.device,
+                    x.layout), False)  # fmt: skip
+        if reason:
+            copies[name] = reason
+    return Route("decode", WHY, config, copies, run, 1)
+
+
+def explain_kvcache(
+    q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, cache_batch_idx=None, block_table=None,
+    causal=True, softmax_scale=None, return_lse=False, validate=False,
+) -> Route:  # fmt: skip
+    """What `attention_with_kvcache` would do with these arguments; raises what it would."""
+    _prepare_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, causal,
+        softmax_scale, validate,
+    )  # fmt: skip
+    copied = {"q": q, "k": k, "v": v}
+    return _route(q, q.shape[1], k_cache.shape[2], copied, attention_with_kvcache)
+
+
+def explain_varlen(
+    q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False,
+    softmax_scale=None, return_lse=False, validate=False,
+) -> Route:  # fmt: skip
+    """What `attention_varlen` would do with these arguments; raises what it would."""
+    _prepare_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale,
+        validate,
+    )  # fmt: skip
+    return _route(q, max_seqlen_q, k.shape[1], {"q": q, "k": k, "v": v}, attention_varlen)

@@ -1,0 +1,308 @@
+"""Decoding over a KV cache and ragged prefill under Triton's interpreter, on the CPU.
+
+The interpreter and the compiler cannot share a process, and the interpreter computes bf16 wrongly,
+so this file, run as a script, computes all cases in fp16 and fp32 and prints what came out as JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# dtype, stored keys of each sequence, capacity, seqlen_q, seqlen_new, nheads, nheads_k, headdim,
+# causal, page size, rows of the cache
+CASES = {
+    "ragged": ("fp16", [0, 1, 333, 640], 640, 1, 0, 4, 2, 64, True, 0, None),
+    "grouped": ("fp16", [70, 257], 300, 1, 0, 9, 3, 64, True, 0, None),
+    "one key head": ("fp32", [400], 512, 1, 0, 16, 1, 64, True, 0, None),
+    "every head its keys, headdim 128": ("fp16", [129], 130, 1, 0, 2, 2, 128, True, 0, None),
+    "append one": ("fp16", [0, 64, 199], 200, 1, 1, 4, 2, 64, True, 0, None),
+    "append several, see them in turn": ("fp32", [60, 0], 140, 5, 70, 4, 1, 128, True, 0, None),
+    "more queries than keys": ("fp32", [3], 64, 9, 0, 2, 1, 64, True, 0, None),
+    "several tokens, not causal": ("fp16", [100, 17], 128, 3, 2, 4, 2, 64, False, 0, None),
+    "rows of the cache": ("fp32", [90, 20, 5], 96, 1, 2, 2, 1, 64, True, 0, [4, 0, 2]),
+    "pages of 16": ("fp16", [0, 70, 250], 256, 1, 3, 4, 2, 64, True, 16, None),
+    "pages of 64": ("fp16", [63, 130], 256, 2, 1, 4, 2, 64, True, 64, None),
+    "pages of 256": ("fp16", [255, 300], 512, 1, 2, 2, 1, 128, True, 256, None),
+}
+# lengths of queries, lengths of keys, nheads, nheads_k, headdim, causal
+RAGGED = {
+    "prefill": ([1, 70, 130], [1, 70, 130], 2, 1, 64, True),
+    "unequal": ([5, 1, 40], [100, 0, 20], 3, 3, 64, True),
+    "not causal": ([33, 2], [7, 300], 2, 2, 128, False),
+}
+
+
+def cases(wrong: bool) -> dict:
+    """Every case against the reference; `wrong` plants a length that is too short by one."""
+    import torch
+
+    from attn_ladder import attention_varlen, attention_with_kvcache
+    from attn_ladder.reference import attention_reference, error_bound
+
+    nan = float("nan")
+    empty = torch.empty
+    torch.empty = lambda *a, **k: (lambda x: x.fill_(nan) if x.is_floating_point() else x)(
+        empty(*a, **k)
+    )
+
+    def agrees(out, lse, q, k, v, causal):
+        ref, ref_lse = attention_reference(q[None], k[None], v[None], causal=causal)
+        low, _ = attention_reference(q[None], k[None], v[None], causal=causal, upcast=False)
+        bound = error_bound(ref, low)[0] + (1e-4 if q.dtype == torch.float32 else 0.0)
+        finite = torch.isfinite(ref_lse)
+        right = torch.equal(torch.isfinite(lse[None]), finite)
+        right = right and torch.allclose(lse[None][finite], ref_lse[finite], atol=2e-3)
+        return bool((out - ref[0]).abs().max().item() <= bound and right)
+
+    done = {}
+    chosen = {"grouped": CASES["grouped"]}.items() if wrong else CASES.items()
+    for name, (dtype, lens, capacity, sq, new, h, hk, d, causal, page, rows) in chosen:
+        torch.manual_seed(0)
+        kind = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
+        make = lambda *shape, kind=kind: torch.randn(*shape).to(kind)
+        batch = len(lens)
+        q, ks, vs = (
+            make(batch, sq, h, d),
+            make(batch, capacity, hk, d),
+            make(batch, capacity, hk, d),
+        )
+        k_new, v_new = (make(batch, new, hk, d), make(batch, new, hk, d)) if new else (None, None)
+        arguments = {}
+        if page:
+            count = batch * capacity // page
+            table = torch.randperm(count + 3)[:count].view(batch, -1)
+            k_cache = torch.full((count + 3, page, hk, d), nan, dtype=kind)
+            v_cache = k_cache.clone()
+            arguments["block_table"] = table.to(torch.int32)
+        else:
+            table = torch.tensor(rows or range(batch))[:, None]
+            k_cache = torch.full((5 if rows else batch, capacity, hk, d), nan, dtype=kind)
+            v_cache = k_cache.clone()
+            if rows:
+                arguments["cache_batch_idx"] = torch.tensor(rows, dtype=torch.int32)
+        size = page or capacity
+        for b, n in enumerate(lens):  # only what is stored is no NaN
+            for j in range(n):
+                k_cache[table[b, j // size], j % size] = ks[b, j]
+                v_cache[table[b, j // size], j % size] = vs[b, j]
+        k_want, v_want = k_cache.clone(), v_cache.clone()
+        for b, n in enumerate(lens if new else []):
+            for j in range(new):
+                k_want[table[b, (n + j) // size], (n + j) % size] = ks[b, n + j] = k_new[b, j]
+                v_want[table[b, (n + j) // size], (n + j) % size] = vs[b, n + j] = v_new[b, j]
+        out, lse = attention_with_kvcache(
+            q, k_cache, v_cache, k=k_new, v=v_new, causal=causal, return_lse=True, **arguments,
+            cache_seqlens=torch.tensor([max(0, n - wrong) for n in lens], dtype=torch.int32),
+        )  # fmt: skip
+        good = [
+            agrees(out[b], lse[b], q[b], ks[b, : n + new], vs[b, : n + new], causal)
+            for b, n in enumerate(lens)
+        ]
+        stored = torch.equal(k_cache.nan_to_num(9.0), k_want.nan_to_num(9.0))
+        stored = stored and torch.equal(v_cache.nan_to_num(9.0), v_want.nan_to_num(9.0))
+        done[name] = all(good) and stored
+
+    for name, (lens_q, lens_k, h, hk, d, causal) in {} if wrong else RAGGED.items():
+        torch.manual_seed(0)
+        q, k = torch.randn(sum(lens_q), h, d), torch.randn(sum(lens_k), hk, d)
+        v = torch.randn(sum(lens_k), hk, d)
+        cu = [torch.tensor([0, *x], dtype=torch.int32).cumsum(0).to(torch.int32)
+              for x in (lens_q, lens_k)]  # fmt: skip
+        out, lse = attention_varlen(
+            q, k, v, cu_seqlens_q=cu[0], cu_seqlens_k=cu[1], max_seqlen_q=max(lens_q),
+            max_seqlen_k=max(lens_k), causal=causal, return_lse=True,
+        )  # fmt: skip
+        good = True
+        for b in range(len(lens_q)):
+            qs, ks = slice(*cu[0][b : b + 2].tolist()), slice(*cu[1][b : b + 2].tolist())
+            if lens_k[b] == 0:
+                good &= bool((out[qs] == 0).all()) and bool((lse[:, qs] == -torch.inf).all())
+            else:
+                good &= agrees(out[qs], lse[:, qs], q[qs], k[ks], v[ks], causal)
+        done[name] = good
+    return done
+
+
+def invariance() -> dict:
+    """A sequence alone, in a batch, paged and padded on the left: the same bits?"""
+    import dataclasses
+
+    import torch
+
+    from attn_ladder.decode import CACHE, RANGE, launch, plan
+
+    torch.manual_seed(0)
+    lens, capacity = [700, 64, 333], 768
+    q, k = torch.randn(3, 1, 4, 64), torch.randn(3, capacity, 2, 64)
+    v = torch.randn(3, capacity, 2, 64)
+    ints = lambda x: torch.tensor(x, dtype=torch.int32)
+    together = launch(q, k, v, mode=CACHE, bounds=ints(lens))
+    pages = launch(
+        q, k.view(36, 64, 2, 64), v.view(36, 64, 2, 64), mode=CACHE, bounds=ints(lens),
+        block_table=torch.arange(36, dtype=torch.int32).view(3, 12),
+    )  # fmt: skip
+    padded = [torch.zeros_like(k), torch.zeros_like(v)]
+    bounds = [[capacity - n, capacity, capacity - 1] for n in lens]
+    for b, n in enumerate(lens):
+        padded[0][b, capacity - n :], padded[1][b, capacity - n :] = k[b, :n], v[b, :n]
+    left = launch(q, *padded, mode=RANGE, bounds=ints(bounds))
+    config = dataclasses.replace(plan(1, 4, 2, 64), max_splits=2)
+    other = launch(q, k, v, mode=CACHE, bounds=ints(lens), config=config)
+    alone = True
+    for b, n in enumerate(lens):
+        one = slice(b, b + 1)
+        part = launch(q[one], k[one, :n], v[one, :n], mode=CACHE, bounds=ints([n]))
+        alone &= all(torch.equal(x[0], y[b]) for x, y in zip(part, together, strict=True))
+    equal = lambda a: all(torch.equal(x, y) for x, y in zip(a, together, strict=True))
+    return {
+        "splits": -(-lens[0] // plan(1, 4, 2, 64).min_split),
+        "alone": bool(alone),
+        "pages": equal(pages),
+        "left padding": equal(left),
+        "another policy": equal(other),
+        "close": torch.allclose(other[0], together[0], atol=1e-5),
+    }
+
+
+def errors() -> dict:
+    """Bad values that reach the device: NaN for their sequence, the flag, nothing else touched."""
+    import torch
+
+    from attn_ladder.decode import CACHE, RANGE, VARLEN, clear_errors, launch
+
+    torch.manual_seed(0)
+    ints = lambda x: torch.tensor(x, dtype=torch.int32)
+    around = torch.full((2, 12, 16, 1, 64), float("nan"))  # pages 4 to 7 are the cache
+    around[:, 4:8] = torch.randn(2, 4, 16, 1, 64)
+    k, v = around[0, 4:8], around[1, 4:8]
+    q, new = torch.randn(2, 1, 2, 64), torch.randn(2, 1, 1, 64)
+    huge = 2**31 - 1
+    trials = {
+        "nothing wrong": dict(bounds=ints([5, 9])),
+        "negative length": dict(bounds=ints([5, -1])),
+        "length beyond the capacity": dict(bounds=ints([5, 16])),
+        "huge length": dict(bounds=ints([5, huge])),
+        "row": dict(bounds=ints([5, 9]), index=ints([1, 4])),
+        "negative row": dict(bounds=ints([5, 9]), index=ints([1, -1])),
+        "page": dict(bounds=ints([20, 20]), block_table=ints([[0, 1], [2, 4]])),
+        "negative page": dict(bounds=ints([20, 20]), block_table=ints([[0, 1], [-1, 3]])),
+    }
+    done = {}
+    for name, arguments in trials.items():
+        before = around.clone()
+        out, lse = launch(q, k, v, mode=CACHE, k_new=new, v_new=new, **arguments)
+        nan = [bool(x.isnan().all()) for x in out], [bool(x.isnan().all()) for x in lse]
+        any_nan = bool(out[0].isnan().any())
+        guard = torch.cat([around[:, :4], around[:, 8:]], 1)
+        written = (
+            (around != before)[:, 4:8].flatten(2).any(2).sum().item()
+        )  # pages written, K and V
+        done[name] = [nan[0][1], nan[1][1], any_nan, bool(guard.isnan().all()), written,
+                      clear_errors(q.device)]  # fmt: skip
+        around.copy_(before)
+    rows = torch.randn(8, 1, 64)
+    for name, cu_q, cu_k in (
+        ("varlen, nothing wrong", [0, 1, 2], [0, 3, 8]),
+        ("varlen, keys end outside", [0, 1, 2], [0, 3, 9]),
+        ("varlen, keys decrease", [0, 1, 2], [0, 3, 1]),
+        ("varlen, queries end outside", [0, 1, huge], [0, 3, 8]),
+    ):
+        out, _ = launch(
+            q[:, 0], rows, rows, mode=VARLEN, bounds=ints(cu_k), index=ints(cu_q), max_seqlen_q=1
+        )
+        done[name] = [bool(out[0].isfinite().all()), clear_errors(q.device)]
+    for name, bounds in (
+        ("range, nothing wrong", [0, 16, 15]),
+        ("range, a mask with holes", [-1, 7, 15]),
+        ("range beyond the keys", [0, 17, 15]),
+    ):
+        out, _ = launch(q[:1], k[:1], v[:1], mode=RANGE, bounds=ints([bounds]))
+        done[name] = [bool(out.isnan().all()), clear_errors(q.device)]
+    return done
+
+
+def run(what: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, __file__, what],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def outcome() -> dict:
+    return run("cases")
+
+
+@pytest.fixture(scope="module")
+def flagged() -> dict:
+    return run("errors")
+
+
+@pytest.mark.parametrize("name", [*CASES, *RAGGED])
+def test_matches_the_reference(outcome, name):
+    assert outcome[name]
+
+
+def test_a_length_too_short_by_one_is_caught():
+    assert not any(run("wrong").values())
+
+
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
+    done = run("invariance")
+    assert done["splits"] > 8  # the lengths span splits
+    assert done["alone"] and done["pages"] and done["left padding"]
+    assert not done["another policy"]  # so the comparison sees a difference of rounding
+    assert done["close"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("negative length", "cache_seqlens"),
+        ("length beyond the capacity", "cache_seqlens"),
+        ("huge length", "cache_seqlens"),
+        ("row", "cache_batch_idx"),
+        ("negative row", "cache_batch_idx"),
+        ("page", "block_table"),
+        ("negative page", "block_table"),
+    ],
+)
+def test_a_bad_value_on_the_device_gives_nan_and_sets_the_flag(flagged, name, message):
+    out_nan, lse_nan, other_nan, guarded, written, texts = flagged[name]
+    assert out_nan and lse_nan and not other_nan
+    assert guarded  # nothing around the cache was written
+    assert written <= 4  # at most the page of the good sequence and that of the bad one, K and V
+    assert len(texts) == 1 and texts[0].startswith(message)
+
+
+def test_good_values_set_no_flag(flagged):
+    assert flagged["nothing wrong"] == [False, False, False, True, 4, []]
+    assert flagged["varlen, nothing wrong"] == [True, []]
+    assert flagged["range, nothing wrong"] == [False, []]
+
+
+@pytest.mark.parametrize("name", ["keys end outside", "keys decrease", "queries end outside"])
+def test_bad_bounds_of_ragged_sequences_leave_the_others_right(flagged, name):
+    good, texts = flagged[f"varlen, {name}"]
+    assert good and texts[0].startswith("cu_seqlens")
+
+
+@pytest.mark.parametrize("name", ["range, a mask with holes", "range beyond the keys"])
+def test_a_bad_range_gives_nan(flagged, name):
+    nan, texts = flagged[name]
+    assert nan and texts[0].startswith("key_range")
+
+
+if __name__ == "__main__":
+    what = sys.argv[1]
+    if what in ("cases", "wrong"):
+        print(json.dumps(cases(what == "wrong")))
+    else:
+        print(json.dumps({"invariance": invariance, "errors": errors}[what]()))
