@@ -140,7 +140,11 @@ WRONG = {
     "num_q_buffers": dict(num_q_buffers=0),
     "schedule": dict(schedule="random"),
     "half_diagonal": dict(half_diagonal=True, causal=False),
-    "cross_tile": dict(cross_tile=True),
+    "num_k_buffers": dict(num_k_buffers=1),
+    "early_q": dict(early_q=True, q_in_registers=False),
+    "turn": dict(turn="complete"),
+    "fixed_diagonal": dict(fixed_diagonal=True, causal=False),
+    "boundary": dict(boundary="scores"),
     "ragged": dict(ragged=True, consumers=3),
 }
 

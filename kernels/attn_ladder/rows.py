@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_ladder.warpgroup import exp2, row_layout, unary
+from attn_ladder.warpgroup import exp2, opaque, row_layout, unary
 
 LN_2 = gl.constexpr(math.log(2))
 
@@ -31,6 +31,18 @@ def hide(s, row, column, shape, cfg: gl.constexpr):
     else:
         s = gl.where((offs_n < shape.seqlen_k)[None, :], s, -float("inf"))
     return s
+
+
+@gluon.jit
+def hide_diagonal(s, WG: gl.constexpr):
+    """`hide` for 64 rows of a 128 x 128 block on the diagonal: the same in every tile. The rows are
+    opaque, or ptxas would keep a predicate for every score across the tiles."""
+    layout: gl.constexpr = s.type.layout
+    offs_n = gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))
+    offs_m = opaque(gl.arange(0, 64, gl.SliceLayout(1, layout))) & 63
+    if s.shape[1] == 128:
+        offs_m += 64 * WG
+    return gl.where(offs_m[:, None] >= offs_n[None, :], s, -float("inf"))
 
 
 @gluon.jit

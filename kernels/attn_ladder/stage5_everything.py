@@ -40,7 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attn_ladder.launch import Kernel, Layout, tile_counter
 from attn_ladder.problem import Problem
-from attn_ladder.rows import hide, redo_tile, store_tile
+from attn_ladder.rows import hide, hide_diagonal, redo_tile, store_tile
 from attn_ladder.stage import Stage
 from attn_ladder.tiles import TILE_LIST, Shape, listed_tile, num_tiles, tile_of
 from attn_ladder.warpgroup import (
@@ -70,12 +70,16 @@ class Config:
     consumers: int = 2
     BLOCK_N: int = 128
     num_buffers: int = 2  # depth of the rings of K and V
+    num_k_buffers: int | None = None  # depth of the ring of K, if it is another
     num_q_buffers: int = 1
     q_in_registers: bool = True
+    early_q: bool = False  # the next tile's Q is loaded before the last V of this one
     ping_pong: bool = True  # the consumers take turns to issue products
     overlap: str = "own"  # softmax runs under the consumer's own P·V, or only under "others"
+    turn: str | None = None  # it ends when products are "issued", "scores" or all are "complete"
     half_diagonal: bool = False  # the first consumer skips the hidden half of the diagonal block
-    cross_tile: bool = False  # the next tile's first product runs under the epilogue
+    fixed_diagonal: bool = False  # the mask of the diagonal block is the same in every tile
+    boundary: str = "apart"  # between tiles, or next "scores" under the epilogue, or a "step"
     schedule: str = "static"  # or "pairs" of a long and a short tile, or "dynamic"
     l2_bytes: int = 32 << 20  # keys and values of the heads that are processed together
 
@@ -90,10 +94,23 @@ class Config:
             (self.schedule in ("static", "pairs", "dynamic"), "schedule", "a known order"),
             (self.overlap in ("own", "others"), "overlap", "to be own or others"),
             (self.ping_pong or self.overlap == "own", "overlap", "ping_pong to be others"),
+            (self.turn_ends in {"own": ("issued", "scores"),
+                                "others": ("issued", "scores", "complete")}[self.overlap],
+             "turn", "to end issued or scores, or complete with overlap others"),
+            (self.k_buffers >= 2, "num_k_buffers", "to be at least 2"),
+            (not self.early_q or self.q_in_registers or self.num_q_buffers > 1,
+             "early_q", "Q in registers or a second buffer"),
             (square or not (self.ragged and self.causal), "ragged", "128 x 128 tiles if causal"),
             (not self.half_diagonal or square and self.causal and not self.ragged,
              "half_diagonal", "128 x 128 tiles, causal and not ragged"),
-            (not (self.cross_tile and self.causal), "cross_tile", "causal=False"),
+            (not self.fixed_diagonal or square and self.causal and not self.ragged,
+             "fixed_diagonal", "128 x 128 tiles, causal and not ragged"),
+            (self.boundary in ("apart", "scores", "step"), "boundary", "a known kind"),
+            (not (self.boundary == "scores" and self.causal), "boundary", "causal=False"),
+            (not (self.boundary == "step" and self.causal and self.ragged),
+             "boundary", "to be apart if ragged and causal"),
+            (not (self.boundary == "step" and self.causal and self.consumers == 3)
+             or self.BLOCK_N == 128, "BLOCK_N", "to be 128: at most one block is skipped"),
             (self.causal or self.schedule == "static", "schedule", "to be static if not causal"),
         ):  # fmt: skip
             if not fits:
@@ -102,6 +119,19 @@ class Config:
     @property
     def BLOCK_M(self) -> int:
         return 64 * self.consumers
+
+    @property
+    def k_buffers(self) -> int:
+        return self.num_k_buffers or self.num_buffers
+
+    @property
+    def tile_list(self) -> int:
+        """How many tiles from the counter a CTA can list; what shared memory has left."""
+        return TILE_LIST.value if self.headdim == 64 or self.k_buffers == 2 else 256
+
+    @property
+    def turn_ends(self) -> str:
+        return self.turn or {"own": "issued", "others": "complete"}.get(self.overlap, "")
 
 
 def choose_config(headdim: int, causal: bool, seqlen_k: int, ragged: bool = False) -> Config:
@@ -123,9 +153,9 @@ def choose_config(headdim: int, causal: bool, seqlen_k: int, ragged: bool = Fals
         two = dict(num_buffers=3, half_diagonal=not ragged, l2_bytes=16 << 20, overlap="others")
         config = Config(64, True, **two, **order)
     elif seqlen_k <= 1024 or ragged:
-        config = Config(64, False, num_buffers=3, cross_tile=True, overlap="others")  # 1.40, 1.37
+        config = Config(64, False, num_buffers=3, boundary="scores", overlap="others")  # 1.40, 1.37
     else:  # 1.21, 1.20, 1.16, 1.17; softmax under the own product as well: 1.13, 1.12, 1.08, 1.08
-        config = Config(64, False, num_q_buffers=2, cross_tile=True, **three)
+        config = Config(64, False, num_q_buffers=2, boundary="scores", **three)
     if ragged:  # one more mask: at headdim 128 no register is left for Q
         config = replace(config, ragged=True, half_diagonal=False, q_in_registers=headdim == 64)
     return config
@@ -172,6 +202,18 @@ def key_blocks(m, shape, cfg: gl.constexpr):
 
 
 @gluon.jit
+def load_q(tile, ti, q_desc, q_ring, shape, cfg: gl.constexpr):
+    """Start to load the query rows of a tile, 64 for each consumer."""
+    m, head = tile_of(tile, shape, cfg)
+    b = head // shape.nheads
+    CONSUMERS: gl.constexpr = cfg.consumers
+    Q_DEPTH: gl.constexpr = cfg.num_q_buffers
+    for w in gl.static_range(CONSUMERS):
+        coord = [b, m * cfg.BLOCK_M + w * 64, head - b * shape.nheads, 0]
+        fill(q_desc, coord, q_ring, w * Q_DEPTH + ti % Q_DEPTH, (ti // Q_DEPTH) & 1)
+
+
+@gluon.jit
 def load_partition(given, cfg: gl.constexpr):
     """One warp: Q once a tile, K and V a block at a time, into the rings as slots come free."""
     descs, rings, tiles, counter_ptr, shape = given
@@ -180,8 +222,7 @@ def load_partition(given, cfg: gl.constexpr):
     tiles_smem, tile_ready_bar = tiles
     N: gl.constexpr = cfg.BLOCK_N
     DEPTH: gl.constexpr = cfg.num_buffers
-    Q_DEPTH: gl.constexpr = cfg.num_q_buffers
-    CONSUMERS: gl.constexpr = cfg.consumers
+    K_DEPTH: gl.constexpr = cfg.k_buffers
     it = 0
     ti = 0
     tile = gl.program_id(0) if cfg.schedule == "dynamic" else 0
@@ -190,6 +231,8 @@ def load_partition(given, cfg: gl.constexpr):
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     if cfg.schedule == "dynamic":
         tiles_smem.index(0).store(gl.full([1], 0, gl.int32, one) + tile)
+    if cfg.early_q and tile < end:
+        load_q(tile, ti, q_desc, q_ring, shape, cfg)
     while tile < end:
         m, head = tile_of(tile, shape, cfg)
         b = head // shape.nheads
@@ -197,15 +240,14 @@ def load_partition(given, cfg: gl.constexpr):
         hk = h // shape.group
         n, lowest = key_blocks(m, shape, cfg)
         coord = [b, lowest + (n - 1) * N, hk, 0]
-        fill(k_desc, coord, k_ring, it % DEPTH, (it // DEPTH) & 1)
-        for w in gl.static_range(CONSUMERS):
-            slot = w * Q_DEPTH + ti % Q_DEPTH
-            fill(q_desc, [b, m * cfg.BLOCK_M + w * 64, h, 0], q_ring, slot, (ti // Q_DEPTH) & 1)
+        fill(k_desc, coord, k_ring, it % K_DEPTH, (it // K_DEPTH) & 1)
+        if not cfg.early_q:
+            load_q(tile, ti, q_desc, q_ring, shape, cfg)
         tile += 1
         ti += 1
         if cfg.schedule == "dynamic":
             tile += gl.num_programs(0) - 1
-            if ti == TILE_LIST - 1:
+            if ti == cfg.tile_list - 1:
                 tile = end
             elif counted:
                 tile = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
@@ -213,10 +255,12 @@ def load_partition(given, cfg: gl.constexpr):
             mbarrier.arrive(tile_ready_bar.index((ti - 1) % 8), count=1)
         for j in range(n - 2, -1, -1):
             coord = [b, lowest + j * N, hk, 0]
-            fill(k_desc, coord, k_ring, (it + 1) % DEPTH, ((it + 1) // DEPTH) & 1)
+            fill(k_desc, coord, k_ring, (it + 1) % K_DEPTH, ((it + 1) // K_DEPTH) & 1)
             coord = [b, lowest + (j + 1) * N, hk, 0]
             fill(v_desc, coord, v_ring, it % DEPTH, (it // DEPTH) & 1)
             it += 1
+        if cfg.early_q and tile < end:
+            load_q(tile, ti, q_desc, q_ring, shape, cfg)
         fill(v_desc, [b, lowest, hk, 0], v_ring, it % DEPTH, (it // DEPTH) & 1)
         it += 1
     if cfg.schedule == "dynamic" and counted:  # the last CTA resets the counter for the next launch
@@ -226,12 +270,44 @@ def load_partition(given, cfg: gl.constexpr):
 
 
 @gluon.jit
+def blocks_of_rows(m, shape, WG: gl.constexpr, cfg: gl.constexpr):
+    """`key_blocks` for the 64 rows of consumer WG, and how many blocks of the tile they do not see:
+    the first ones, none if there are two consumers."""
+    n, lowest = key_blocks(m, shape, cfg)
+    hidden = 0
+    if cfg.causal and cfg.consumers == 3:
+        end = m * cfg.BLOCK_M + WG * 64 + 64 + shape.seqlen_k - shape.seqlen_q
+        seen = min((end + cfg.BLOCK_N - 1) // cfg.BLOCK_N, n)
+        hidden = n - seen
+        n = seen
+    return n, lowest, hidden
+
+
+@gluon.jit
+def pass_blocks(number, it, k_ring, v_ring, WG: gl.constexpr, cfg: gl.constexpr):
+    """Free blocks unused, and pass a turn for each: every consumer takes as many turns a tile."""
+    for _ in range(number):
+        k_slot = it % cfg.k_buffers
+        slot = it % cfg.num_buffers
+        mbarrier.wait(k_ring[1].index(k_slot), (it // cfg.k_buffers) & 1)
+        release(k_ring, k_slot)
+        mbarrier.wait(v_ring[1].index(slot), (it // cfg.num_buffers) & 1)
+        release(v_ring, slot)
+        take_turn("sync", WG, cfg)
+        take_turn("arrive", after(WG, cfg), cfg)
+        it += 1
+    return it
+
+
+@gluon.jit
 def first_scores(
-    q_regs, q_ring, k_ring, it, ti, there, WG: gl.constexpr, N: gl.constexpr, cfg: gl.constexpr
-):
+    q_regs, q_ring, k_ring, it, ti, there,
+    WG: gl.constexpr, N: gl.constexpr, IN_TURN: gl.constexpr, cfg: gl.constexpr,
+):  # fmt: skip
     """Issue Q·Kᵀ of tile `ti` with N keys of its first block: [64, N], asynchronous.
 
-    Also returns Q if it is kept in registers. Without `there` it multiplies whatever it finds.
+    Also returns Q if it is kept in registers from here on; carried over a "step" at the boundary
+    ptxas unpacks and spills it. Without `there` it multiplies whatever it finds.
     """
     HEADDIM: gl.constexpr = cfg.headdim
     layout: gl.constexpr = row_layout(N)
@@ -239,15 +315,60 @@ def first_scores(
     slot = WG * cfg.num_q_buffers + ti % cfg.num_q_buffers
     mbarrier.wait(q_ring[1].index(slot), (ti // cfg.num_q_buffers) & 1, pred=there)
     q = q_ring[0].index(slot).reshape([64, HEADDIM])
-    if cfg.q_in_registers:
+    if cfg.q_in_registers and cfg.boundary != "step":
         q_regs = q.load(q_layout)
         mbarrier.arrive(q_ring[2].index(slot), count=1)
         q = gl.convert_layout(q_regs, gl.DotOperandLayout(0, layout, 2))
-    k_slot = it % cfg.num_buffers
-    mbarrier.wait(k_ring[1].index(k_slot), (it // cfg.num_buffers) & 1, pred=there)
+    k_slot = it % cfg.k_buffers
+    mbarrier.wait(k_ring[1].index(k_slot), (it // cfg.k_buffers) & 1, pred=there)
+    if IN_TURN:
+        take_turn("sync", WG, cfg)
     k = k_ring[0].index(k_slot).reshape([cfg.BLOCK_N, HEADDIM]).slice(0, N, dim=0)
     zero = gl.zeros([64, N], gl.float32, layout)
     return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True), q_regs
+
+
+@gluon.jit
+def first_softmax(
+    s, m, n, lowest, shape, qk_scale, SUMS: gl.constexpr, WG: gl.constexpr, cfg: gl.constexpr
+):
+    """Mask the scores of a tile's first block and choose the reference of the tile.
+
+    Returns p in fp32 like s, l_i [64, 8] in the layout SUMS, m_i [64].
+    """
+    if cfg.fixed_diagonal:
+        s = hide_diagonal(s, WG)
+    elif cfg.causal or cfg.ragged:
+        s = hide(s, m * cfg.BLOCK_M + WG * 64, lowest + (n - 1) * cfg.BLOCK_N, shape, cfg)
+    m_first = gl.max(s, 1) * qk_scale
+    m_i = gl.convert_layout(m_first, gl.SliceLayout(1, row_layout(cfg.BLOCK_N)))
+    if cfg.causal and cfg.ragged:
+        m_first = gl.where(m_first == -float("inf"), 0.0, m_first)
+    p = exp2(s * qk_scale - m_first[:, None])
+    return p, gl.convert_layout(thread_sums(p), SUMS), m_i
+
+
+@gluon.jit
+def await_products(s, acc, k_ring, k_slot, v_ring, slot, WG: gl.constexpr, cfg: gl.constexpr):
+    """Wait for Q·Kᵀ, with overlap "others" for P·V as well, free what was read, end the turn.
+
+    Whoever is waited for has released all slots of its turn before it waits for another turn.
+    """
+    if cfg.turn_ends == "issued":
+        take_turn("arrive", after(WG, cfg), cfg)
+    if cfg.overlap == "own" or cfg.turn_ends == "scores":
+        s, acc = warpgroup_mma_wait(1, deps=[s, acc])
+        if cfg.turn_ends == "scores":
+            take_turn("arrive", after(WG, cfg), cfg)
+        release(k_ring, k_slot)
+    if cfg.overlap == "others":
+        s, acc = warpgroup_mma_wait(0, deps=[s, acc])
+        if cfg.turn_ends == "complete":
+            take_turn("arrive", after(WG, cfg), cfg)
+        if cfg.turn_ends != "scores":
+            release(k_ring, k_slot)
+        release(v_ring, slot)
+    return s, acc
 
 
 @gluon.jit
@@ -257,16 +378,16 @@ def key_step(
 ):  # fmt: skip
     """Q·Kᵀ of the next block and P·V of this one, and the next softmax.
 
-    With overlap "own" the turn ends when the products are issued, and the softmax runs under P·V;
-    with "others" it ends when they are complete, and the softmax runs under those of the others.
+    With overlap "own" the softmax runs under P·V; with "others" it begins when both products are
+    complete, and runs under those of the others, which have the turn.
     p [64, P_COLUMNS] of this block, acc [64, headdim], l_i [64, 8], m_i [64]. LOWEST says that the
     next block begins at key `lowest`, which may be negative.
     """
     N: gl.constexpr = cfg.BLOCK_N
     layout: gl.constexpr = row_layout(N)
-    k_slot = (it + 1) % cfg.num_buffers
+    k_slot = (it + 1) % cfg.k_buffers
     slot = it % cfg.num_buffers
-    mbarrier.wait(k_ring[1].index(k_slot), ((it + 1) // cfg.num_buffers) & 1)
+    mbarrier.wait(k_ring[1].index(k_slot), ((it + 1) // cfg.k_buffers) & 1)
     take_turn("sync", WG, cfg)
     k = k_ring[0].index(k_slot).reshape([N, cfg.headdim]).permute((1, 0))
     zero = gl.zeros([64, N], gl.float32, layout)
@@ -274,15 +395,7 @@ def key_step(
     mbarrier.wait(v_ring[1].index(slot), (it // cfg.num_buffers) & 1)
     v = v_ring[0].index(slot).reshape([N, cfg.headdim]).slice(0, P_COLUMNS, dim=0)
     acc = warpgroup_mma(p, v, acc, is_async=True)
-    if cfg.overlap == "own":
-        take_turn("arrive", after(WG, cfg), cfg)
-        s, acc = warpgroup_mma_wait(1, deps=[s, acc])
-        release(k_ring, k_slot)
-    else:
-        s, acc = warpgroup_mma_wait(0, deps=[s, acc])
-        take_turn("arrive", after(WG, cfg), cfg)
-        release(k_ring, k_slot)
-        release(v_ring, slot)
+    s, acc = await_products(s, acc, k_ring, k_slot, v_ring, slot, WG, cfg)
     if LOWEST:
         offs_n = lowest + gl.arange(0, N, gl.SliceLayout(0, layout))
         s = gl.where((offs_n >= 0)[None, :], s, -float("inf"))
@@ -298,14 +411,50 @@ def key_step(
 
 
 @gluon.jit
+def boundary_step(
+    p, acc, rings, it, ti, m, n, lowest, hidden, there, shape, qk_scale,
+    FIRST: gl.constexpr, SUMS: gl.constexpr, WG: gl.constexpr, cfg: gl.constexpr,
+):  # fmt: skip
+    """The last P·V of a tile and the first Q·Kᵀ and softmax of tile `ti`, as one step.
+
+    `it` counts this tile's last block; the next one's first is `hidden` blocks further than the
+    following. m, n, lowest describe tile `ti`; if it is not `there`, what is returned for it is
+    meaningless. Returns acc complete, and p, l_i, m_i of tile `ti`.
+    """
+    q_ring, k_ring, v_ring = rings
+    it_first = it + 1 + hidden
+    s, _ = first_scores(0, q_ring, k_ring, it_first, ti, there, WG, FIRST, True, cfg)
+    slot = it % cfg.num_buffers
+    mbarrier.wait(v_ring[1].index(slot), (it // cfg.num_buffers) & 1)
+    v = v_ring[0].index(slot).reshape([cfg.BLOCK_N, cfg.headdim])
+    acc = warpgroup_mma(p, v, acc, is_async=True)
+    s, acc = await_products(s, acc, k_ring, it_first % cfg.k_buffers, v_ring, slot, WG, cfg)
+    p_first, l_i, m_i = first_softmax(s, m, n, lowest, shape, qk_scale, SUMS, WG, cfg)
+    if cfg.overlap == "own":
+        # long complete: an edge of the control flow between the softmax and the wait (see `pin`)
+        mbarrier.wait(v_ring[1].index(slot), (it // cfg.num_buffers) & 1)
+        acc, p_first, l_i = warpgroup_mma_wait(0, deps=[acc, p_first, l_i])
+    p_first = gl.convert_layout(p_first.to(v_ring[0].dtype), p.type.layout)
+    if cfg.overlap == "own":
+        release(v_ring, slot)
+    return acc, p_first, l_i, m_i
+
+
+@gluon.jit
 def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
-    """One warpgroup: 64 rows of every tile of this CTA."""
+    """One warpgroup: 64 rows of every tile of this CTA.
+
+    Every consumer takes one turn for each block of a tile but the last, and with a "step" at the
+    boundary one for the last block too, so that turn t of a consumer comes before its turn t + 1
+    and after turn t - 1 of all others.
+    """
     redo_descs, o_desc, rings, o_buffers, tiles, lse_ptr, shape, qk_scale = given
     q_ring, k_ring, v_ring = rings
     o_smem, redo_ready_bar = o_buffers
     tiles_smem, tile_ready_bar = tiles
     N: gl.constexpr = cfg.BLOCK_N
     DEPTH: gl.constexpr = cfg.num_buffers
+    K_DEPTH: gl.constexpr = cfg.k_buffers
     HEADDIM: gl.constexpr = cfg.headdim
     dtype: gl.constexpr = o_desc.dtype
     HALF: gl.constexpr = cfg.half_diagonal and WG == 0
@@ -322,47 +471,44 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
     flags = gl.full([64], 0, gl.int32, rows)
     s = gl.zeros([64, FIRST], gl.float32, row_layout(FIRST))
     q_regs = 0
-    if cfg.q_in_registers:
+    if cfg.q_in_registers and cfg.boundary != "step":
         q_regs = gl.zeros([64, HEADDIM], dtype, gl.DotOperandLayout(0, s_layout, 2))
-    if cfg.cross_tile:
-        s, q_regs = first_scores(q_regs, q_ring, k_ring, 0, 0, tile < end, WG, FIRST, cfg)
+    if cfg.boundary == "scores":
+        s, q_regs = first_scores(q_regs, q_ring, k_ring, 0, 0, tile < end, WG, FIRST, False, cfg)
         s = warpgroup_mma_wait(0, deps=[s])
         release(k_ring, 0)
     if WG == cfg.consumers - 1:
         take_turn("arrive", 0, cfg)
-    while tile < end:
+    if cfg.boundary == "step":
         m, head = tile_of(tile, shape, cfg)
-        row = m * cfg.BLOCK_M + WG * 64
-        n, lowest = key_blocks(m, shape, cfg)
-        if cfg.causal and cfg.consumers == 3:  # free the blocks that these 64 rows do not see
-            seen = min((row + 64 + shape.seqlen_k - shape.seqlen_q + N - 1) // N, n)
-            for _ in range(n - seen):
-                mbarrier.wait(k_ring[1].index(it % DEPTH), (it // DEPTH) & 1)
-                release(k_ring, it % DEPTH)
-                mbarrier.wait(v_ring[1].index(it % DEPTH), (it // DEPTH) & 1)
-                release(v_ring, it % DEPTH)
-                take_turn("sync", WG, cfg)  # every consumer takes as many turns a tile
-                take_turn("arrive", after(WG, cfg), cfg)
-                it += 1
-            n = seen
-        if not cfg.cross_tile:
-            s, q_regs = first_scores(q_regs, q_ring, k_ring, it, ti, True, WG, FIRST, cfg)
+        n, lowest, hidden = blocks_of_rows(m, shape, WG, cfg)
+        it = pass_blocks(gl.where(tile < end, hidden, 0), it, k_ring, v_ring, WG, cfg)
+        s, _ = first_scores(0, q_ring, k_ring, it, 0, tile < end, WG, FIRST, False, cfg)
+        s = warpgroup_mma_wait(0, deps=[s])
+        release(k_ring, it % K_DEPTH)
+        p_first, l_i, m_i = first_softmax(s, m, n, lowest, shape, qk_scale, sums, WG, cfg)
+        p_first = gl.convert_layout(p_first.to(dtype), p_layout)
+    while tile < end:
+        if cfg.boundary != "step":
+            m, head = tile_of(tile, shape, cfg)
+        n, lowest, hidden = blocks_of_rows(m, shape, WG, cfg)
+        if cfg.boundary != "step":
+            it = pass_blocks(hidden, it, k_ring, v_ring, WG, cfg)
+        if cfg.boundary == "apart":
+            s, q_regs = first_scores(q_regs, q_ring, k_ring, it, ti, True, WG, FIRST, False, cfg)
             s = warpgroup_mma_wait(0, deps=[s])
-            release(k_ring, it % DEPTH)
+            release(k_ring, it % K_DEPTH)
         q_slot = WG * cfg.num_q_buffers + ti % cfg.num_q_buffers
         q = q_ring[0].index(q_slot).reshape([64, HEADDIM])
-        if cfg.q_in_registers:
+        if cfg.q_in_registers and cfg.boundary == "step":
+            q = q.load(gl.DotOperandLayout(0, s_layout, 2))
+            mbarrier.arrive(q_ring[2].index(q_slot), count=1)
+        elif cfg.q_in_registers:
             q = q_regs
-        if cfg.causal or cfg.ragged:
-            s = hide(s, row, lowest + (n - 1) * N, shape, cfg)
-        m_first = gl.max(s, 1) * qk_scale  # the reference of the whole tile
-        m_i = gl.convert_layout(m_first, gl.SliceLayout(1, s_layout))
-        if cfg.causal and cfg.ragged:
-            m_first = gl.where(m_first == -float("inf"), 0.0, m_first)
-        p_first = exp2(s * qk_scale - m_first[:, None])
-        l_i = gl.convert_layout(thread_sums(p_first), sums)
+        if cfg.boundary != "step":
+            p_first, l_i, m_i = first_softmax(s, m, n, lowest, shape, qk_scale, sums, WG, cfg)
+            p_first = gl.convert_layout(p_first.to(dtype), p_layout)
         acc = gl.zeros([64, HEADDIM], gl.float32, o_layout)
-        p_first = gl.convert_layout(p_first.to(dtype), p_layout)
         if HALF:
             if n > 1:
                 p, acc, l_i = key_step(
@@ -393,30 +539,48 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
                 it += 1
         if not cfg.q_in_registers:
             mbarrier.arrive(q_ring[2].index(q_slot), count=1)
-        slot = it % DEPTH
-        it += 1
         ti += 1
         if cfg.schedule == "dynamic":
             mbarrier.wait(tile_ready_bar.index((ti - 1) % 8), ((ti - 1) // 8) & 1)
         tile = listed_tile(ti, tiles_smem, cfg)
-        mbarrier.wait(v_ring[1].index(slot), ((it - 1) // DEPTH) & 1)
-        v = v_ring[0].index(slot).reshape([N, HEADDIM])
-        acc = warpgroup_mma(p, v, acc, is_async=True)
-        if cfg.cross_tile:
-            s, q_regs = first_scores(q_regs, q_ring, k_ring, it, ti, tile < end, WG, FIRST, cfg)
-            acc, s = warpgroup_mma_wait(1, deps=[acc, s])
+        if cfg.boundary == "step":
+            m_next, head_next = tile_of(tile, shape, cfg)
+            n, lowest, hidden = blocks_of_rows(m_next, shape, WG, cfg)
+            hidden = gl.where(tile < end, hidden, 0)
+            acc, p_first, l_next, m_i_next = boundary_step(
+                p, acc, rings, it, ti, m_next, n, lowest, hidden, tile < end, shape,
+                qk_scale, FIRST, sums, WG, cfg,
+            )  # fmt: skip
         else:
-            acc = warpgroup_mma_wait(0, deps=[acc])
-        release(v_ring, slot)
+            slot = it % DEPTH
+            mbarrier.wait(v_ring[1].index(slot), (it // DEPTH) & 1)
+            v = v_ring[0].index(slot).reshape([N, HEADDIM])
+            acc = warpgroup_mma(p, v, acc, is_async=True)
+            if cfg.boundary == "scores":
+                s, q_regs = first_scores(
+                    q_regs, q_ring, k_ring, it + 1, ti, tile < end, WG, FIRST, False, cfg
+                )
+                acc, s = warpgroup_mma_wait(1, deps=[acc, s])
+            else:
+                acc = warpgroup_mma_wait(0, deps=[acc])
+            release(v_ring, slot)
+        it += 1
         l_i = l_i + 0.0 * gl.convert_layout(thread_sums(acc), sums)  # NaN if acc is not finite
         l_row = gl.convert_layout(gl.sum(l_i, 1), rows)
         m_row = gl.convert_layout(m_i, rows)
         exact = (l_row >= 0.5) & (l_row <= 1152921504606846976.0)  # 2^60
         flags = flags | (gl.where(exact | (m_row == -float("inf")), 0, 1) << ((ti - 1) % 32))
         store_tile(acc, l_row, m_row, m, head, WG, o_desc, o_smem.index(WG), lse_ptr, shape, cfg)
-        if cfg.cross_tile:
+        if cfg.boundary == "scores":
             s = warpgroup_mma_wait(0, deps=[s])
-            release(k_ring, it % DEPTH)
+            release(k_ring, it % K_DEPTH)
+        if cfg.boundary == "step":
+            l_i = l_next
+            m_i = m_i_next
+            m = m_next
+            head = head_next
+            if cfg.causal and cfg.consumers == 3:
+                it = pass_blocks(hidden, it, k_ring, v_ring, WG, cfg)
     if WG == 0:
         take_turn("sync", 0, cfg)
     flagged = gl.reduce(flags, 0, either)
@@ -438,9 +602,9 @@ def attention_kernel(
     cfg: gl.constexpr,
 ):  # fmt: skip
     CONSUMERS: gl.constexpr = cfg.consumers
-    LIST: gl.constexpr = TILE_LIST if cfg.schedule == "dynamic" else 1
+    LIST: gl.constexpr = cfg.tile_list if cfg.schedule == "dynamic" else 1
     q_ring = make_ring(q_desc, CONSUMERS * cfg.num_q_buffers, 1)
-    k_ring = make_ring(k_desc, cfg.num_buffers, 128 * CONSUMERS)
+    k_ring = make_ring(k_desc, cfg.k_buffers, 128 * CONSUMERS)
     v_ring = make_ring(v_desc, cfg.num_buffers, 128 * CONSUMERS)
     o_smem = gl.allocate_shared_memory(
         o_desc.dtype, [CONSUMERS, 1, 64, 1, cfg.headdim], o_desc.layout
@@ -519,7 +683,7 @@ def schedule(
     tiles = num_m * num_heads
     if cfg.schedule == "pairs" and num_m % 2:
         cfg = replace(cfg, schedule="dynamic")
-    if cfg.schedule == "dynamic" and tiles > num_sms * (TILE_LIST.value - 1):
+    if cfg.schedule == "dynamic" and tiles > num_sms * (cfg.tile_list - 1):
         cfg = replace(cfg, schedule="static")
     group = nheads // nheads_k
     heads = min(num_heads, max(1, cfg.l2_bytes // (4 * seqlen_k * headdim)) * group)
@@ -546,7 +710,7 @@ def plan(
     cfg, shape, grid = schedule(config, q_size, k_size, causal, num_sms)
     o_strides = (math.prod(q_size[1:]), q_size[2] * q_size[3], q_size[3], 1)
     k, v = Layout(1, k_size, k_strides), Layout(2, k_size, v_strides)
-    kernel = compiled(cfg, dtype, device)
+    kernel = compiled(replace(cfg, l2_bytes=0), dtype, device)  # the kernel does not know it
     maps = kernel.tensor_maps(
         Layout(0, q_size, q_strides), k, v, Layout(3, q_size, o_strides), k, v
     )

@@ -34,6 +34,14 @@ def pin(l_i):
 
 
 @gluon.jit
+def opaque(x):
+    """x, but nothing is known of it when the program is compiled."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def thread_sums(x):
     """[64, columns] to [64, 8]: sums within each thread, without a shuffle."""
     return gl.sum(gl.reshape(x, [64, x.shape[1] // 8, 8]), 1)

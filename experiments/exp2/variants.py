@@ -1,0 +1,71 @@
+"""name -> config. 64f/64c/128f/128c prefix = head dim, full or causal."""
+V = {}
+def add(name, *cs, **c):
+    h = name.split('_')[0]; d = {}
+    for x in cs: d.update(x)
+    d.update(c)
+    V[name] = ('fab', dict(D=int(h[:-1]), CAUSAL=h[-1] == 'c'), d)
+W2 = dict(QREG=True, ARR=True, GUARD=True); W3 = dict(NWG=3, CREG=160, ST=3, ARR=True, GUARD=True)
+X3 = dict(XT=3, QE=True); S1 = dict(SEQ=1, PP=2); S4 = dict(SEQ=1, PP=4)
+# 64 full
+F3 = dict(W3, QST=2, XT=1); F2 = dict(W2, ST=3, XT=1)
+add('64f_w3_s1', F3, S1)                      # winner of exp1
+add('64f_w2_s1', F2, S1)
+add('64f_w3_s4', F3, S4)
+add('64f_w3_x0', F3, S1, XT=0)
+add('64f_w3_x3', F3, S1, X3)
+add('64f_w3_x3s4', F3, S4, X3)
+add('64f_w3_x3s4_st4', F3, S4, X3, ST=4)
+add('64f_w3_x3s1_st2', F3, S1, X3, ST=2)
+add('64f_w3_x3pp1', F3, X3, SEQ=1, PP=1)
+add('64f_w3_x3s2p4', F3, X3, SEQ=2, PP=4)
+add('64f_w2_x3', F2, S1, X3)
+add('64f_w2_x3s4', F2, S4, X3)
+# 64 causal
+P = dict(ORDER=2); D8 = dict(DYN=True, SWZMB=8); D16 = dict(DYN=True, SWZMB=16); D32 = dict(DYN=True, SWZMB=32)
+H2 = dict(W2, ST=3, HALF=True); H3 = dict(W3, QST=2)
+add('64c_w2_pp2D', H2, D16, PP=2)             # winner of exp1 at 2k, 4k
+add('64c_w2_s1D', H2, S1, D16)
+add('64c_w2_s1P', H2, S1, P)
+add('64c_w2_x3s1D', H2, S1, X3, D16)
+add('64c_w2_x3s1P', H2, S1, X3, P)
+add('64c_w2_x3s4D', H2, S4, X3, D16)
+add('64c_w2_x3p2D', H2, X3, D16, PP=2)
+add('64c_w3_s1D', H3, S1, D32)
+add('64c_w3_x3s1D', H3, S1, X3, D32)
+add('64c_w3_x3s1D16', H3, S1, X3, D16)
+add('64c_w3_x3s4D', H3, S4, X3, D32)
+add('64c_w3_x3s4D_st4', H3, S4, X3, D32, ST=4)
+add('64c_w3_x3pp1D', H3, X3, D32, SEQ=1, PP=1)
+add('64c_w3_x3s1P', H3, S1, X3, P)
+add('64c_w3_x3p2D', H3, X3, D32, PP=2)
+# 128 full
+add('128f_ref', W2, ST=2, PP=2)
+add('128f_x3', W2, X3, ST=2, PP=2)
+add('128f_x3pin', W2, X3, ST=2, PP=2, PIN=1)
+add('128f_x3k3', W2, X3, ST=2, KS=3, PP=2)
+add('128f_s1', W2, S1, ST=2)
+add('128f_x3s1', W2, S1, X3, ST=2)
+add('128f_x3s4', W2, S4, X3, ST=2)
+add('128f_x3s4k3', W2, S4, X3, ST=2, KS=3)
+# 128 causal
+C2 = dict(W2, ST=2, HALF=True)
+add('128c_refP', C2, P, PP=1, MK=0)
+add('128c_pp2D', C2, D32, PP=2, MK=0)
+add('128c_x3P', C2, X3, P, PP=2)
+add('128c_x3D', C2, X3, D32, PP=2)
+add('128c_x3D16', C2, X3, D16, PP=2)
+add('128c_x3pinP', C2, X3, P, PP=2, PIN=1)
+add('128c_x3pinD', C2, X3, D32, PP=2, PIN=1)
+add('128c_x3mk0P', C2, X3, P, PP=2, PIN=1, MK=0)
+add('128c_x3k3P', C2, X3, P, PP=2, KS=3)
+add('128c_x3k3D', C2, X3, D32, PP=2, KS=3)
+add('128c_x3s1D', C2, S1, X3, D32)
+add('128c_x3s4D', C2, S4, X3, D32)
+add('128c_x3s4P', C2, S4, X3, P)
+add('128c_x3s4k3P', C2, S4, X3, P, KS=3)
+# traced: (variant, seqlen)
+TRACE = [('64f_w3_s1', 4096), ('64f_w3_x3s4', 4096), ('64c_w3_x3s1D', 4096), ('64c_w2_x3s1D', 2048), ('128f_x3', 1024), ('128c_refP', 2048), ('128c_x3pinP', 2048), ('128c_x3s4P', 2048)]
+FABDEF = dict(BN=128, NWG=2, ST=2, QST=1, PIN=5, ORDER=None, QREG=False, KE=0, VE=0, DYN=False, XT=0, HALF=False, GUARD=False, PP=0, SEQ=0, TR=0, KS=0, MK=1, QE=False, CREG=240, PREG=24)
+PROBLEMS = [(128, 1, 2048), (64, 1, 2048), (64, 0, 4096), (64, 1, 4096), (128, 1, 8192), (128, 0, 1024), (64, 0, 2048), (64, 1, 8192), (128, 1, 4096), (64, 0, 16384), (64, 1, 16384), (128, 0, 4096),
+            (128, 1, 1024), (64, 0, 1024), (64, 1, 1024), (128, 1, 512), (128, 0, 512), (64, 0, 512), (64, 1, 512), (64, 0, 8192), (128, 1, 16384), (128, 0, 8192), (128, 0, 2048), (128, 0, 16384)]

@@ -1,0 +1,423 @@
+"""Stage 4: a producer warp that loads ahead into rings of buffers, and consumers that compute.
+
+In stage 3 the warps that compute also load, in program order: a load is issued between two products
+of the same warpgroup, one tile ahead and not across query tiles, so memory latency shows whenever
+it is longer than a tile's work, and always at the start of a query tile.
+
+Here one warp does nothing but load. It runs ahead as far as the rings of K and V are deep, into the
+next query tile if need be, and waits only for buffers (`*_empty_bar`). Two warpgroups with nearly
+all registers consume; K and V are released separately, each as soon as its product is complete. With
+the loads out of the way a consumer can keep two products in flight: the scores of the next key tile
+and the product with V of this one run while the softmax runs (FlashAttention-3, section 3.2), and the
+consumers take turns to issue them (section 3.1), so that one's softmax fills the other's products.
+
+What should move: long-scoreboard and barrier stalls together, to below 10 % of samples (the plan
+asks for memory stalls below 40 %); `tensor pipe active` at headdim 128, full, 8k, from below 60 % to
+above 80 %. The plan promises 1.20 to 1.30 times the speed.
+
+What limits it: each key tile is asked whether it must be masked, and each rescales the accumulator
+by a maximum that hardly ever changes after the first tiles; stage 5 attacks that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere.async_copy import mbarrier_arrive
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from attn_ladder.problem import Problem
+from attn_ladder.stage import Stage
+
+STAGE = Stage(title="Producer warp, rings of buffers, overlapped consumers", removes="memory")
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+BLOCK_M = gl.constexpr(128)  # two consumers of 64 query rows
+
+
+@dataclass(frozen=True)
+class Config:
+    """Two consumers of 64 query rows × BLOCK_N keys; rings of `num_buffers` tiles of K and of V.
+
+    `ping_pong` makes the consumers take turns. `l2_bytes` is what the keys and values of a group of
+    heads may take of the L2 cache.
+    """
+
+    BLOCK_N: int = 128
+    num_buffers: int = 2
+    ping_pong: bool = True
+    l2_bytes: int = 32 << 20
+
+    def __post_init__(self) -> None:
+        if self.BLOCK_N not in (64, 128):
+            raise ValueError(f"BLOCK_N={self.BLOCK_N} must be 64 or 128")
+        if self.num_buffers < 1:
+            raise ValueError(f"num_buffers={self.num_buffers} must be at least 1")
+
+
+CONFIGS = {
+    64: Config(num_buffers=3),
+    128: Config(num_buffers=2),
+    256: Config(BLOCK_N=64, num_buffers=1),  # what fits beside Q and the output
+}
+
+
+@gluon.jit
+def list_length(num_tiles):
+    """How many query tiles this CTA has."""
+    rounds = num_tiles // gl.num_programs(0)
+    place = gl.program_id(0)
+    if rounds % 2 == 1:
+        place = gl.num_programs(0) - 1 - place
+    return rounds + (place < num_tiles - rounds * gl.num_programs(0)).to(gl.int32)
+
+
+@gluon.jit
+def list_entry(i, num_m, num_heads, heads_per_group):
+    """(batch and head, query tile) at place `i` of this CTA's list."""
+    place = gl.program_id(0)
+    if i % 2 == 1:  # back and forth
+        place = gl.num_programs(0) - 1 - place
+    tile = i * gl.num_programs(0) + place
+    group = tile // (heads_per_group * num_m)
+    within = tile - group * heads_per_group * num_m
+    first_head = group * heads_per_group
+    num_in_group = min(heads_per_group, num_heads - first_head)
+    return first_head + within % num_in_group, num_m - 1 - within // num_in_group
+
+
+@gluon.jit
+def key_tiles(tile_m, seqlen_q, seqlen_k, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(key tiles that a query tile goes through, how many of them each of its rows sees whole).
+
+    A query tile that sees no key goes through one tile of keys all the same, wholly masked.
+    """
+    end = seqlen_k
+    whole = seqlen_k
+    if CAUSAL:
+        first_row_end = tile_m * BLOCK_M + seqlen_k - seqlen_q + 1
+        end = min(end, max(0, first_row_end + BLOCK_M - 1))
+        whole = min(whole, max(0, first_row_end))
+    return max(1, (end + BLOCK_N - 1) // BLOCK_N), whole // BLOCK_N
+
+
+@gluon.jit
+def load(desc, coord, smem, ready_bar, empty_bar, slot, phase):
+    """Start the copy of a tile into a buffer once its consumers have left it."""
+    mbarrier.wait(empty_bar.index(slot), phase ^ 1)
+    mbarrier.expect(ready_bar.index(slot), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, coord, ready_bar.index(slot), smem.index(slot))
+
+
+@gluon.jit
+def producer_partition(tensors, buffers, scalars, CAUSAL: gl.constexpr, cfg: gl.constexpr):
+    """The warp that loads, as far ahead as the buffers reach."""
+    q_desc, k_desc, v_desc, out_desc, lse_ptr = tensors
+    q_smem, k_smem, v_smem, out_smem, ready_bars, empty_bars = buffers
+    q_ready_bar, k_ready_bar, v_ready_bar = ready_bars
+    q_empty_bar, k_empty_bar, v_empty_bar = empty_bars
+    qk_scale, heads_per_group = scalars
+    BLOCK_N: gl.constexpr = cfg.BLOCK_N
+    NUM_BUFFERS: gl.constexpr = cfg.num_buffers
+    nheads = q_desc.shape[2]
+    num_m = (q_desc.shape[1] + BLOCK_M - 1) // BLOCK_M
+    num_heads = q_desc.shape[0] * nheads
+    it = 0
+    for i in range(list_length(num_m * num_heads)):
+        batch_head, tile_m = list_entry(i, num_m, num_heads, heads_per_group)
+        batch = batch_head // nheads
+        head = batch_head % nheads
+        head_k = head // (nheads // k_desc.shape[2])
+        num_n, _ = key_tiles(tile_m, q_desc.shape[1], k_desc.shape[1], CAUSAL, BLOCK_N)
+        for consumer in gl.static_range(2):
+            coord = [batch, tile_m * BLOCK_M + consumer * 64, head, 0]
+            load(q_desc, coord, q_smem, q_ready_bar, q_empty_bar, consumer, i & 1)
+        for tile_n in range(num_n):
+            slot = it % NUM_BUFFERS
+            phase = (it // NUM_BUFFERS) & 1
+            coord_kv = [batch, tile_n * BLOCK_N, head_k, 0]
+            load(k_desc, coord_kv, k_smem, k_ready_bar, k_empty_bar, slot, phase)
+            load(v_desc, coord_kv, v_smem, v_ready_bar, v_empty_bar, slot, phase)
+            it += 1
+
+
+@gluon.jit
+def mask(scores, last_key, tile_n, num_whole):
+    """-inf where a row does not see the key; `last_key` is the last one that each row sees."""
+    if tile_n >= num_whole:
+        offs_n = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
+        keep = offs_n[None, :] <= (last_key - tile_n * scores.shape[1])[:, None]
+        scores = gl.where(keep, scores, -float("inf"))
+    return scores
+
+
+@gluon.jit
+def softmax_step(scores, m_i, qk_scale):
+    """Probabilities of a tile, the running maximum after it, the factor for all sums before it."""
+    m_next = gl.maximum(m_i, gl.max(scores, 1) * qk_scale)
+    m_safe = gl.where(m_next == -float("inf"), 0.0, m_next)  # a row that has seen no key so far
+    p = gl.exp2(scores * qk_scale - m_safe[:, None])
+    return p, m_next, gl.exp2(m_i - m_safe)
+
+
+@gluon.constexpr_function
+def turn_asm(operation, consumer):
+    return f"bar.{operation} {8 + consumer}, 256; mov.b32 $0, $1;"
+
+
+@gluon.jit
+def take_turn(OPERATION: gl.constexpr, CONSUMER: gl.constexpr, cfg: gl.constexpr):
+    """`sync` waits for this consumer's turn, `arrive` gives the turn to that consumer.
+
+    A hardware barrier of its own for each consumer, with an id that the compiler leaves free.
+    """
+    if cfg.ping_pong:
+        thread = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+        ASM: gl.constexpr = turn_asm(OPERATION, CONSUMER)
+        gl.inline_asm_elementwise(ASM, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def issue_scores(q, k_smem, k_ready_bar, it, zeros, NUM_BUFFERS: gl.constexpr):
+    """Put Q·Kᵀ with the `it`th key tile in flight, once the tile has landed: [64, BLOCK_N]."""
+    slot = it % NUM_BUFFERS
+    mbarrier.wait(k_ready_bar.index(slot), (it // NUM_BUFFERS) & 1)
+    k = k_smem.index(slot).reshape([zeros.shape[1], q.shape[1]])
+    return warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def attend(
+    tensors, buffers, batch, head, tile_m, i, it, qk_scale,
+    CONSUMER: gl.constexpr, CAUSAL: gl.constexpr, cfg: gl.constexpr,
+):  # fmt: skip
+    """One query tile, `i`th of its CTA: this consumer's 64 rows against all keys the tile sees.
+
+    `it` key tiles have gone through the buffers before it; returns how many have after it.
+    """
+    q_desc, k_desc, v_desc, out_desc, lse_ptr = tensors
+    q_smem, k_smem, v_smem, out_smem, ready_bars, empty_bars = buffers
+    q_ready_bar, k_ready_bar, v_ready_bar = ready_bars
+    q_empty_bar, k_empty_bar, v_empty_bar = empty_bars
+    HEADDIM: gl.constexpr = q_desc.block_type.shape[3]
+    BLOCK_N: gl.constexpr = cfg.BLOCK_N
+    NUM_BUFFERS: gl.constexpr = cfg.num_buffers
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADDIM, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    seqlen_q = q_desc.shape[1]
+    seqlen_k = k_desc.shape[1]
+    row = tile_m * BLOCK_M + CONSUMER * 64
+    offs_m = row + gl.arange(0, 64, ROWS)
+    last_key = gl.full([64], 0, gl.int32, ROWS) + seqlen_k - 1
+    if CAUSAL:
+        last_key = gl.minimum(last_key, offs_m + (seqlen_k - seqlen_q))
+    num_n, num_whole = key_tiles(tile_m, seqlen_q, seqlen_k, CAUSAL, BLOCK_N)
+
+    q = q_smem.index(CONSUMER).reshape([64, HEADDIM])
+    m_i = gl.full([64], -float("inf"), gl.float32, ROWS)
+    acc = gl.zeros([64, HEADDIM], gl.float32, O_LAYOUT)
+    zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    mbarrier.wait(q_ready_bar.index(CONSUMER), i & 1)
+    scores = issue_scores(q, k_smem, k_ready_bar, it, zeros, NUM_BUFFERS)
+    scores = warpgroup_mma_wait(0, deps=[scores])  # [64, BLOCK_N]
+    mbarrier_arrive(k_empty_bar.index(it % NUM_BUFFERS), increment_count=False)
+    scores = mask(scores, last_key, 0, num_whole)
+    p, m_i, alpha = softmax_step(scores, m_i, qk_scale)
+    l_i = gl.sum(gl.reshape(p, [64, BLOCK_N // 8, 8]), 1)  # thread-local
+    PARTS: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
+    p = gl.convert_layout(p.to(q_desc.dtype), P_LAYOUT)
+
+    for tile_n in range(1, num_n):
+        slot = it % NUM_BUFFERS
+        phase = (it // NUM_BUFFERS) & 1
+        it += 1
+        take_turn("sync", CONSUMER, cfg)
+        scores = issue_scores(q, k_smem, k_ready_bar, it, zeros, NUM_BUFFERS)
+        mbarrier.wait(v_ready_bar.index(slot), phase)
+        v = v_smem.index(slot).reshape([BLOCK_N, HEADDIM])
+        acc = warpgroup_mma(p, v, acc, is_async=True)
+        take_turn("arrive", 1 - CONSUMER, cfg)
+        scores, acc = warpgroup_mma_wait(1, deps=[scores, acc])
+        mbarrier_arrive(k_empty_bar.index(it % NUM_BUFFERS), increment_count=False)
+        scores = mask(scores, last_key, tile_n, num_whole)
+        p, m_i, alpha = softmax_step(scores, m_i, qk_scale)
+        l_i = l_i * gl.convert_layout(alpha, PARTS)[:, None] + gl.sum(gl.reshape(p, [64, BLOCK_N // 8, 8]), 1)
+        # long complete: without the branch ptxas waits for the product before the softmax
+        mbarrier.wait(v_ready_bar.index(slot), phase)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier_arrive(v_empty_bar.index(slot), increment_count=False)
+        acc = acc * gl.convert_layout(alpha, OUT_ROWS)[:, None]  # [64, headdim]
+        p = gl.convert_layout(p.to(q_desc.dtype), P_LAYOUT)
+
+    mbarrier_arrive(q_empty_bar.index(CONSUMER), increment_count=False)
+    slot = it % NUM_BUFFERS
+    mbarrier.wait(v_ready_bar.index(slot), (it // NUM_BUFFERS) & 1)
+    v = v_smem.index(slot).reshape([BLOCK_N, HEADDIM])
+    acc = warpgroup_mma(p, v, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier_arrive(v_empty_bar.index(slot), increment_count=False)
+
+    l_i = gl.convert_layout(gl.sum(l_i, 1), ROWS)
+    empty = l_i == 0.0  # rows that see no key
+    inverse = gl.where(empty, 0.0, 1.0 / l_i)
+    lse = gl.where(empty, -float("inf"), (m_i + gl.log2(l_i)) * 0.6931471805599453)
+    lse_ptr += (batch * q_desc.shape[2] + head).to(gl.int64) * seqlen_q
+    gl.store(lse_ptr + offs_m, lse, mask=offs_m < seqlen_q)
+    acc = acc * gl.convert_layout(inverse, OUT_ROWS)[:, None]
+    out_buf = out_smem.index(CONSUMER)
+    tma.store_wait(0)  # the tile before has left the buffer
+    out_buf.reshape([64, HEADDIM]).store(acc.to(q_desc.dtype))
+    fence_async_shared()  # the copy engine must see what the threads have written
+    tma.async_copy_shared_to_global(out_desc, [batch, row, head, 0], out_buf)
+    return it + 1
+
+
+@gluon.jit
+def consumer_partition(
+    tensors, buffers, scalars,
+    CONSUMER: gl.constexpr, CAUSAL: gl.constexpr, cfg: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup that computes."""
+    qk_scale, heads_per_group = scalars
+    q_desc = tensors[0]
+    nheads = q_desc.shape[2]
+    num_m = (q_desc.shape[1] + BLOCK_M - 1) // BLOCK_M
+    num_heads = q_desc.shape[0] * nheads
+    if CONSUMER == 1:
+        take_turn("arrive", 0, cfg)  # the first consumer begins
+    it = 0
+    for i in range(list_length(num_m * num_heads)):
+        batch_head, tile_m = list_entry(i, num_m, num_heads, heads_per_group)
+        it = attend(
+            tensors, buffers, batch_head // nheads, batch_head % nheads, tile_m, i, it, qk_scale,
+            CONSUMER, CAUSAL, cfg,
+        )  # fmt: skip
+    tma.store_wait(0)
+    if CONSUMER == 0:
+        take_turn("sync", 0, cfg)  # takes the last turn given
+
+
+@gluon.jit(do_not_specialize=["heads_per_group"])
+def attention_kernel(
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, qk_scale, heads_per_group,
+    CAUSAL: gl.constexpr, cfg: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = q_desc.dtype
+    HEADDIM: gl.constexpr = q_desc.block_type.shape[3]
+    NUM_BUFFERS: gl.constexpr = cfg.num_buffers
+    KV: gl.constexpr = [NUM_BUFFERS, 1, cfg.BLOCK_N, 1, HEADDIM]
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    q_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 64, 1, HEADDIM], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(DTYPE, KV, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(DTYPE, KV, v_desc.layout)
+    out_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 64, 1, HEADDIM], out_desc.layout)
+    q_ready_bar = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    q_empty_bar = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    k_ready_bar = gl.allocate_shared_memory(gl.int64, [NUM_BUFFERS, 1], BAR)
+    k_empty_bar = gl.allocate_shared_memory(gl.int64, [NUM_BUFFERS, 1], BAR)
+    v_ready_bar = gl.allocate_shared_memory(gl.int64, [NUM_BUFFERS, 1], BAR)
+    v_empty_bar = gl.allocate_shared_memory(gl.int64, [NUM_BUFFERS, 1], BAR)
+    for i in gl.static_range(2):
+        mbarrier.init(q_ready_bar.index(i), count=1)
+        mbarrier.init(q_empty_bar.index(i), count=128)
+    for i in gl.static_range(NUM_BUFFERS):
+        mbarrier.init(k_ready_bar.index(i), count=1)
+        mbarrier.init(k_empty_bar.index(i), count=256)  # both consumers
+        mbarrier.init(v_ready_bar.index(i), count=1)
+        mbarrier.init(v_empty_bar.index(i), count=256)
+    tensors = (q_desc, k_desc, v_desc, out_desc, lse_ptr)
+    ready_bars = (q_ready_bar, k_ready_bar, v_ready_bar)
+    empty_bars = (q_empty_bar, k_empty_bar, v_empty_bar)
+    buffers = (q_smem, k_smem, v_smem, out_smem, ready_bars, empty_bars)
+    scalars = (qk_scale, heads_per_group)
+    gl.warp_specialize(
+        [
+            (consumer_partition, (tensors, buffers, scalars, FIRST, CAUSAL, cfg)),
+            (consumer_partition, (tensors, buffers, scalars, SECOND, CAUSAL, cfg)),
+            (producer_partition, (tensors, buffers, scalars, CAUSAL, cfg)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """How many SMs a CUDA device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def group_of_heads(k: torch.Tensor, nheads: int, num_ctas: int, l2_bytes: int) -> int:
+    """Largest divisor of `num_ctas` for which so many query heads' K and V fit in `l2_bytes`."""
+    head_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size() * k.shape[2] / nheads
+    divisors = (n for n in range(num_ctas, 0, -1) if num_ctas % n == 0)
+    return next((n for n in divisors if n * head_bytes <= l2_bytes), 1)
+
+
+def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """TMA descriptor of tiles [1, rows, 1, headdim] over (batch, seqlen, nheads, headdim)."""
+    block = [1, rows, 1, x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
+    strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape, x.stride(), strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], block, layout)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention forward; shapes and semantics as `attn_ladder.attention`, any 16-byte strides.
+
+    Returns out (batch, seqlen_q, nheads, headdim) in the dtype of q, and the natural-log
+    log-sum-exp (batch, nheads, seqlen_q) in fp32.
+    """
+    batch, seqlen_q, nheads, headdim = q.shape
+    config = config or CONFIGS[headdim]
+    scale = headdim**-0.5 if softmax_scale is None else softmax_scale
+    if not scale > 0:
+        raise ValueError(f"{softmax_scale=} must be positive: the maximum is taken before scaling")
+    out = torch.empty((batch, seqlen_q, nheads, headdim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=q.device)
+    num_tiles = triton.cdiv(seqlen_q, BLOCK_M.value) * nheads * batch
+    num_ctas = multiprocessors(q.device.index)
+    heads_per_group = group_of_heads(k, nheads, num_ctas, config.l2_bytes)
+    attention_kernel[(min(num_ctas, num_tiles),)](
+        descriptor(q, 64), descriptor(k, config.BLOCK_N), descriptor(v, config.BLOCK_N),
+        descriptor(out, 64), lse, scale * math.log2(math.e), heads_per_group,
+        CAUSAL=causal, cfg=config, num_warps=4,
+    )  # fmt: skip
+    return out, lse
+
+
+def unsupported(problem: Problem, capability: tuple[int, int]) -> str | None:
+    """Why this kernel cannot run a problem on a GPU of that compute capability, or None."""
+    if capability != (9, 0):
+        return f"needs compute capability 9.0; this GPU has {capability[0]}.{capability[1]}"
+    if problem.headdim not in CONFIGS:
+        return f"supports headdim {', '.join(map(str, CONFIGS))}, not headdim={problem.headdim}"
+    if problem.page_size:
+        return f"reads contiguous keys and values, not page_size={problem.page_size}"
+    return None
