@@ -706,6 +706,8 @@ def prediction(evidence: Evidence) -> Table:
         ["", "limit (busy)", "predicted", "measured", "plan", "plan/FA3", "gate off %", "worst",
          "grid off %", "worst", "at its clock", "target", "met"],
         rows,
+        "Limit: the busiest resource, and for how much of the time; the rest is latency, softmax and"
+        " products that nothing hides, and imbalance. "
         "TFLOPS on the gate problem, predicted, measured and as the plan has them; errors of the"
         " predicted time in the median and at worst, over the problems of the gate and of the grid;"
         f" the clock assumed is {predict.IDLE_MHZ.value:.0f} MHz before a launch, and at its clock"
@@ -731,11 +733,12 @@ def predictions(evidence: Evidence) -> Table:
             keys.append((suite, problem.headdim, problem.causal))
     header = ["batch", "d", "mask", "seqlen"]
     for name in predict.STAGES:
-        header += [f"{label(name)} predicted", "measured"]
+        header += [f"{label(name)} said", "found"]
     return Table(
         [*header, f"limit of {label(predict.STAGES[-1])}"],
         rows,
-        f"Microseconds, spaced launches. This comparison is {evidence.prediction_status}.",
+        "Microseconds, spaced launches: what was said before, and what was found. Limit: the busiest"
+        f" resource. This comparison is {evidence.prediction_status}.",
         frozenset(n for n in range(1, len(keys)) if keys[n] != keys[n - 1]),
         "rrlr" + "r" * 10 + "l",
         labels=4,
