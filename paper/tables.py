@@ -466,13 +466,15 @@ def criteria(evidence: Evidence) -> Table:
     rows = []
     judged = verdict_rows(evidence, ("gate", "criterion"))
     for row, ceiling in zip(judged, _ceilings(evidence), strict=True):
-        met = "met" if row[8].startswith("SUPPORTED") else "not met"
-        rows.append([*row[1:6], ceiling, met if row[3] != "–" else "not measured"])
+        said = {"SUPPORTED": "met", "REFUTED": "not met"}.get(row[8].split()[0], "inconclusive")
+        rows.append([*row[1:6], ceiling, said if row[3] != "–" else "not measured"])
     return Table(
         ["claim", "suite", "found", "interval", "set", "ceiling", ""],
         rows,
-        "Decided by the point estimate, as they were set. Ceiling: the peer's measured time over"
-        " the least time of the model at the measured clock.",
+        "Decided by the interval, widened by the A/A floor where it is a speed, and by the value"
+        " where there is none; inconclusive where the interval holds the number set, or where a"
+        " problem is missing or its A/A pair was off. Ceiling: the peer's measured time over the"
+        " least time of the model at the measured clock.",
         align="p{0.5\\linewidth}llllrl",
     )
 

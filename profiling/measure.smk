@@ -64,6 +64,7 @@ rule device:
         tool=cmd("attn-profiling", gpu=True),
         hardware=hardware(),
         measuring=config["measuring"],
+        fa3_module=config["fa3_module"],
     shell:
         "{params.tool} device {MEASURE} --out {output} 2>&1 | tee {log}"
 
@@ -83,6 +84,7 @@ rule check:
         kernels=kernels("check"),
         problems=problems,
         measuring=config["measuring"],
+        fa3_module=config["fa3_module"],
     shell:
         "{params.tool} check {MEASURE} --suite {wildcards.suite} --out {output} 2>&1 | tee {log}"
 
@@ -103,6 +105,7 @@ rule time:
         kernels=kernels(None),
         problems=problems,
         measuring=config["measuring"],
+        fa3_module=config["fa3_module"],
     shell:
         "{params.tool} time {MEASURE} --suite {wildcards.suite} --regime {wildcards.regime} --out {output}"
         " 2>&1 | tee {log}"
@@ -124,6 +127,7 @@ rule host:
         kernels=kernels("host"),
         problems=problems,
         measuring=config["measuring"],
+        fa3_module=config["fa3_module"],
     shell:
         "{params.tool} host {MEASURE} --suite {wildcards.suite} --out {output} 2>&1 | tee {log}"
 
@@ -144,5 +148,6 @@ rule profile:
         kernels=kernels("profile"),
         problems=problems,
         measuring=config["measuring"],
+        fa3_module=config["fa3_module"],
     shell:
         "{params.tool} profile {MEASURE} --suite {wildcards.suite} --out {output} 2>&1 | tee {log}"

@@ -73,6 +73,8 @@ WRONG = {
     "nan": (lambda q, k, v: (q, k, v), {"softmax_scale": math.nan}, ValueError, "=nan"),
     "text": (lambda q, k, v: (q, k, v), {"softmax_scale": "x"}, ValueError, "softmax_scale='x'"),
     "negative": (lambda *t: t, {"softmax_scale": -1.0}, NotImplementedError, "scale=-1.0"),
+    "tiny": (lambda *t: t, {"softmax_scale": 1e-46}, ValueError, "softmax_scale=1e-46"),
+    "vast": (lambda *t: t, {"softmax_scale": 1e39}, ValueError, r"softmax_scale=1e\+39"),
     "zero": (lambda *t: t, {"softmax_scale": 0}, NotImplementedError, "softmax_scale=0"),
 }
 

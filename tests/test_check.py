@@ -306,3 +306,23 @@ def test_infinite_errors_stand_as_null():
     row = check.result(SMALL, "x", "failed", "bad", found)
     assert row["max_error"] is None and row["lse_error"] is None
     json.dumps(row, allow_nan=False)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_fast_path_without_its_guard_is_found(dtype, place):
+    """Softmax relative to the maximum of 128 keys: right on usual inputs, not on growing scores."""
+    problem = replace(
+        LARGE, dtype=dtype, batch=1, seqlen_q=32, seqlen_k=384, nheads=3, nheads_k=3, headdim=64
+    )
+
+    def unguarded(q, k, v, causal):
+        scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * q.shape[-1] ** -0.5
+        first = scores[..., 128 * place : 128 * (place + 1)].amax(-1, keepdim=True)
+        p = torch.exp(scores - first)
+        out = torch.einsum("bhqk,bkhd->bqhd", p.to(v.dtype).float(), v.float())
+        out = out / p.sum(-1).transpose(1, 2)[..., None]
+        return out.to(q.dtype), (first[..., 0] + p.sum(-1).log())
+
+    found = verdict(unguarded, problem)
+    assert "on scores that grow along a row" in found.message

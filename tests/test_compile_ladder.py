@@ -187,7 +187,7 @@ def test_the_overlap_of_stage4_is_lost_without_the_second_wait(tmp_path: Path) -
     """The same kernel without the branch that holds ptxas back: the overlap test would fail."""
     package = tmp_path / "attn_ladder"
     package.mkdir()
-    for name in ("problem.py", "stage.py", "offline.py"):
+    for name in ("problem.py", "stage.py", "offline.py", "reference.py"):
         (package / name).write_text((KERNELS / "attn_ladder" / name).read_text())
     (package / "__init__.py").write_text("")
     text = (KERNELS / "attn_ladder" / "stage4_pipeline.py").read_text()

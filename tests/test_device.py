@@ -150,3 +150,14 @@ def test_which_build_of_a_peer_is_installed(monkeypatch, tmp_path):
     assert plain["wheel_sha256"] is None and plain["compiler"] is None
     assert plain["record_sha256"] != found["record_sha256"]
     assert device.distribution_identity("no-such-package")["version"] is None
+
+
+def test_another_build_of_fa3_is_not_taken_for_the_wheel(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_fa3.py").write_text("def flash_attn_func(): ...\n")
+    found = device.subject_identity("fa3", "own_fa3")
+    assert found["version"] is None and found["wheel_sha256"] is None
+    assert len(found["binaries"]["own_fa3.py"]) == 64
+    (tmp_path / "own_fa3.py").write_text("def flash_attn_func(): return 1\n")
+    assert device.subject_identity("fa3", "own_fa3") != found
+    assert "binaries" not in device.module_identity("no_such_module")

@@ -41,7 +41,9 @@ def test_host_cost_leaves_out_the_wait_and_latency_holds_it():
     count = 12
     rotation = Rotation(torch, SMALL, count + 2, 0, "cpu")
     call = bound(forward, rotation, True, None)
-    found = host.measure_call(machine, rotation, call, count)
+    cost = host.HostCost(machine, call, count)
+    cost.take(0, count)
+    found = cost.result()
     assert all(len(found[kind]) == count for kind in host.KINDS)
     assert 450 < sorted(found["eager_host_us"])[count // 2] < 1500
     assert sorted(found["eager_latency_us"])[count // 2] > 2400
@@ -59,8 +61,19 @@ def test_graph_latency_is_measured_where_the_call_can_be_captured():
     rotation = Rotation(torch, SMALL, 5, 0, "cpu")
     call = bound(timed(machine, 100).forward, rotation, True, None)
     with torch.inference_mode():
-        found = host.measure_call(machine, rotation, call, 3)
-    assert len(found["graph_latency_us"]) == 3 and found["graph_note"] is None
+        cost = host.HostCost(machine, call, 3)
+        cost.take(0, 2)
+        cost.take(2, 1)
+    found = cost.result()
+    assert all(len(found[kind]) == 3 for kind in (*host.KINDS, *host.GRAPH_KINDS))
+    assert found["graph_note"] is None
+
+
+def test_portions_cover_every_sample_once():
+    for count in (1, 3, 50, 299, 300):
+        parts = host.portions(count)
+        assert [i for first, n in parts for i in range(first, first + n)] == list(range(count))
+        assert len(parts) <= host.PORTIONS
 
 
 def test_a_default_configuration_is_not_passed():
@@ -101,7 +114,7 @@ class FakeWorker:
 def sample(us):
     return {
         "eager_host_us": [us], "fresh_pointer_host_us": [us], "eager_latency_us": [us],
-        "graph_latency_us": [us], "graph_note": None,
+        "graph_latency_us": [us], "graph_gpu_us": [us], "graph_note": None,
     }  # fmt: skip
 
 

@@ -54,6 +54,21 @@ def test_a_bare_percentile_interval_would_not_cover():
     assert hits / TRIALS < 0.9
 
 
+def test_intervals_of_times_and_ratios_stay_positive():
+    far = [[20.0] * 30, [100.0] * 30, [110.0] * 30]
+    times, ratios = stats.median_interval(far), stats.ratio_interval([[100.0] * 30] * 3, far)
+    for found in (times, ratios):
+        assert 0 < found.low < found.value < found.high
+        assert found.value / found.low == pytest.approx(found.high / found.value)
+    assert stats.replicates(far).linear_interval().low < 0  # what a symmetric one would say
+
+
+def test_a_quantity_that_can_be_zero_has_no_interval_of_factors():
+    with pytest.raises(ValueError, match="must be positive"):
+        stats.median_interval([[0.0, 1.0, 0.0]])
+    assert stats.over_values([0.0, 0.0, 1.0]).value == 0
+
+
 def test_paired_ratios_cancel_what_rounds_share():
     rng = RNG(7)
     shared = measured(rng, 1.0, 0.02, 0.05)

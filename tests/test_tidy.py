@@ -209,6 +209,74 @@ def test_a_failed_check_is_reported(small):
     assert [(r["subject"], r["problem"]) for r in wrong] == [("stage1", "gate-b1")]
 
 
+@pytest.mark.parametrize(("status", "values"), [("error", {0, 1}), ("unsupported", {1})])
+def test_a_subject_that_crashes_is_not_correct(small, status, values):
+    def crash(data):
+        results = [r for r in data["results"] if r["subject"] == "stage5"]
+        for result in results[1:]:
+            result |= {"ok": False, "status": status, "message": "a fault", "max_error": None}
+
+    edit(small / "check" / "gate.json", crash)
+    rows = [
+        r for r in read(small).metrics
+        if (r["metric"], r["subject"], r["suite"]) == ("correct", "stage5", "gate")
+    ]  # fmt: skip
+    assert {r["value"] for r in rows} == values
+    assert len(rows) == (7 if status == "error" else 1)
+
+
+def test_the_best_peer_is_that_of_all_processes(small):
+    def swap(data):
+        samples = data["problems"][0]["attempts"][0]["samples"]
+        slow = samples["fa4"]["gpu_us"]
+        samples["fa4"]["gpu_us"] = [[value / 3 for value in slow[0]], *([v * 3 for v in p]
+                                    for p in slow[1:])]  # fmt: skip
+
+    edit(small / "timing" / "gate.spaced.json", swap)
+    ratio = {
+        r["peer"]: r["ratio"] for r in read(small).speedups
+        if (r["problem"], r["subject"]) == ("gate-b1", "stage1")
+    }  # fmt: skip
+    assert ratio["best"] == ratio["fa3"] != ratio["fa4"]
+
+
+def test_doses_are_compared_with_the_smallest_of_their_file(speedup_rows):
+    found = {
+        (r["subject"], r["peer"])
+        for r in pick(speedup_rows, suite="control", problem="control-d64-s1024")
+    }
+    assert {("control_launch.8", "control_launch.1"), ("control_sync.2", "control_sync.0")} <= found
+    assert not any(subject in ("control_launch.1", "control_sync.0") for subject, _ in found)
+
+
+def test_zero_doses():
+    found = tidy.zero_doses()
+    assert found["control_launch"] == "control_launch.1"
+    assert found["control_memory"] == "control_memory.0" and len(found) == 4
+
+
+def test_a_host_pair_that_is_off_makes_its_problem_inconclusive(small):
+    def rows(metric, problem):
+        return [
+            r["value"] for r in read(small).metrics
+            if (r["metric"], r["problem"], r["regime"]) == (metric, problem, "-")
+        ]  # fmt: skip
+
+    assert rows("conclusive", "gate-b16") == [1] and rows("per_sequence_eager", "gate-b16")
+
+    def off(data):
+        (entry,) = (e for e in data["problems"] if e["problem"]["id"] == "gate-b16")
+        twin = entry["samples"]["fa3#2"]
+        twin["fresh_pointer_host_us"] = [[1.12 * v for v in p] for p in
+                                         twin["fresh_pointer_host_us"]]  # fmt: skip
+
+    edit(small / "host" / "gate.json", off)
+    assert rows("conclusive", "gate-b16") == [0] and rows("conclusive", "gate-b32") == [1]
+    assert not rows("per_sequence_eager", "gate-b16") and rows("eager_host_us", "gate-b16")
+    (said,) = read(small).provenance["inconclusive"]
+    assert said["problem"] == "gate-b16" and "fresh_pointer_host_us 1.1" in said["reason"]
+
+
 def report_of(raw, problem="gate-b16"):
     return raw / "ncu" / "profile" / f"{problem}.ncu-rep"
 

@@ -46,6 +46,25 @@ def test_the_polynomial_is_exact_enough() -> None:
     assert error([*constants[:3], constants[3] * 1.01]) > 1e-4
 
 
+def test_scores_far_above_the_reference_stay_above_the_guard() -> None:
+    """Beyond 2^128 the exponent would wrap around; without the clamp it does."""
+    constants = re.findall("0f([0-9A-Fa-f]{8})", fast_exp.POLYNOMIAL)
+    values = [struct.unpack(">f", bytes.fromhex(c))[0] for c in constants]
+    (upper,) = re.findall(r"min\.ftz\.f32 x, x, 0f([0-9A-F]{8});", fast_exp.POLYNOMIAL)
+    top = struct.unpack(">f", bytes.fromhex(upper))[0]
+
+    def power(x: float, limit: float) -> float:
+        x = np.float32(min(x, limit))
+        n = np.float32(x + np.float32(12582912.0)) - np.float32(12582912.0)
+        p = np.float32(np.exp2(np.float64(x - n)) * values[-1])
+        bits = (int(p.view(np.uint32)) + (int(n) << 23)) & 0xFFFFFFFF
+        return float(np.uint32(bits).view(np.float32))
+
+    for x in (127.0, 128.0, 129.0, 140.0, 300.0, 1e6):
+        assert power(x, top) > 2.0**120
+    assert power(140.0, np.inf) < 1.0
+
+
 def test_one_cta_per_tile() -> None:
     cfg, shape, grid = no_persistent.schedule(*GATE)
     assert grid == shape.num_m * shape.num_heads == 16 * 256

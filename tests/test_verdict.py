@@ -8,7 +8,8 @@ import pytest
 import synthetic
 import yaml
 
-from attn_profiling import stats, verdict
+from attn_ladder.problem import read_problems
+from attn_profiling import stats, tidy, verdict
 from attn_profiling.stats import Interval
 from attn_profiling.verdict import INCONCLUSIVE, REFUTED, SUPPORTED, Hypothesis
 
@@ -85,6 +86,13 @@ def claim(**changes):
     return Hypothesis(**{**values, **changes})
 
 
+LARGEST = {**COUNTER, "reduce": "max"}
+
+
+def gate(**changes):
+    return claim(**{"role": "gate", "smallest_effect": 0, **changes})
+
+
 def found(low, high, processes=3, n=90):
     return Interval((low + high) / 2, low, high, max(processes - 1, 1), processes, n)
 
@@ -102,9 +110,15 @@ def found(low, high, processes=3, n=90):
         (claim(at_least=None, at_most=5), found(3, 4.9), SUPPORTED),
         (claim(at_least=None, at_most=5), found(6.1, 7), REFUTED),
         (claim(at_least=None, at_most=5), found(5.5, 7), INCONCLUSIVE),
-        (claim(role="gate", smallest_effect=0), found(4, 7), SUPPORTED),
-        (claim(role="gate", smallest_effect=0), found(3, 6), REFUTED),
-        (claim(role="gate", smallest_effect=0), None, INCONCLUSIVE),
+        (gate(), found(5, 7), SUPPORTED),
+        (gate(), found(3, 4.9), REFUTED),
+        (gate(), found(4, 7), INCONCLUSIVE),  # the point alone decides nothing
+        (gate(), found(3, 6), INCONCLUSIVE),
+        (gate(), found(5, 7, processes=2), INCONCLUSIVE),
+        (gate(), None, INCONCLUSIVE),
+        (gate(witness=LARGEST), found(5, 5, processes=1, n=1), SUPPORTED),  # has no interval
+        (gate(witness=LARGEST), found(4, 4, processes=1, n=1), REFUTED),
+        (gate(at_least=None, at_most=0.333), found(-0.03, 0.59), INCONCLUSIVE),
     ],
 )
 def test_rules(hypothesis, interval, said):
@@ -136,8 +150,14 @@ def test_false_verdicts_are_rare(truth, between):
     assert false / 300 <= 0.05
 
 
-def tables(control=None, inactive=1.75, hash_is=None, suites=("profile",)):
-    """Rows of metrics.csv with FA3's inactive threads on eight problems, and a control."""
+WITHOUT_DOSE = {"control_sync.0": 0.3, "control_memory.0": 0.1, "control_launch.1": 0.2}
+
+
+def tables(
+    control=None, inactive=1.75, hash_is=None, suites=("profile",), without_dose=WITHOUT_DOSE
+):
+    """Rows of metrics.csv with FA3's inactive threads on eight problems, a control, and the kernels
+    without a dose of the others."""
     base = {"run": "r", "device": "d", "dtype": "bf16", "regime": "-", "unit": "%"}
     rows = [
         {**base, "suite": suite, "problem": f"p{n}", "subject": "fa3",
@@ -145,18 +165,21 @@ def tables(control=None, inactive=1.75, hash_is=None, suites=("profile",)):
         for suite, value in zip(suites, np.broadcast_to(inactive, len(suites)), strict=True)
         for n in range(8)
     ]  # fmt: skip
-    for dose, value in (control or {}).items():
+    dosed = {f"control_branching.{dose}": value for dose, value in (control or {}).items()}
+    for subject, value in {**dosed, **without_dose}.items():
         rows.append(
-            {**base, "suite": "control", "problem": "c", "subject": f"control_branching.{dose}",
+            {**base, "suite": "control", "problem": "c", "subject": subject,
              "metric": "inactive_threads", "statistic": "value", "value": str(value)}
         )  # fmt: skip
     claims = verdict.read_constraints(synthetic.CONSTRAINTS)
     provenance = {
         "run": "r", "device": "d", "constraints_sha256": [hash_is or claims.sha256],
+        "every_problem": EVERY,
     }  # fmt: skip
     return claims, rows, provenance
 
 
+EVERY = tidy.every_problem(read_problems(synthetic.PROBLEMS))
 RISING = {0: 0.2, 1: 5.0, 2: 9.0, 4: 14.0, 8: 22.0}
 
 
@@ -176,11 +199,37 @@ def branching(claims, rows, provenance, suite="profile"):
         ({0: 0.2, 1: 5.0}, "not measured", INCONCLUSIVE),
         ({**RISING, 2: 3.0}, "failed", INCONCLUSIVE),
         (dict.fromkeys(RISING, 1.0), "failed", INCONCLUSIVE),
+        ({dose: 0.2 + 1e-9 * dose for dose in RISING}, "failed", INCONCLUSIVE),
+        ({**RISING, 8: 14.15}, "failed", INCONCLUSIVE),  # within the spread without a dose
     ],
 )
 def test_a_verdict_needs_its_control(control, column, said):
     row = branching(*tables(control))
     assert (row["control"], row["verdict"]) == (column, said)
+
+
+def test_a_control_needs_two_kernels_without_a_dose():
+    row = branching(*tables(RISING, without_dose={}))
+    assert (row["control"], row["verdict"]) == ("not measured", INCONCLUSIVE)
+    row = branching(*tables(RISING, without_dose={"control_sync.0": 0.2}))
+    assert (row["control"], row["verdict"]) == ("passed", REFUTED)
+
+
+@pytest.mark.parametrize(("slope", "least", "most"), [(0.0, 0.0, 0.02), (8.0, 0.95, 1.0)])
+def test_noise_does_not_pass_for_a_dose_response(slope, least, most):
+    claims, _, _ = tables()
+    control = claims.constraints["branching"]["control"]
+    rng = np.random.default_rng(5)
+    passed = bare = 0
+    for _ in range(400):
+        values = {dose: 10 + slope * n + rng.normal() for n, dose in enumerate(RISING)}
+        again = {name: 10 + rng.normal() for name in WITHOUT_DOSE}
+        _, rows, _ = tables(values, without_dose=again)
+        passed += verdict.Evidence(rows, [], EVERY).control(control) == "passed"
+        ordered = list(values.values())
+        bare += ordered == sorted(ordered)
+    assert least <= passed / 400 <= most
+    assert bare >= passed
 
 
 def test_a_constraint_without_a_control_is_inconclusive():
@@ -234,3 +283,93 @@ def test_the_whole_table_on_a_synthetic_run():
     sync = by[("grid", "stage2", "speedup over stage1, (median)", "1.02")]
     assert sync["verdict"] == SUPPORTED
     assert {r["verdict"] for r in rows if r["suite"] == "(all)"} == {REFUTED}
+
+
+def by_hypothesis(name, suite, metrics=(), speedups=()):
+    """The verdict on one hypothesis."""
+    claims, _, provenance = tables()
+    (hypothesis,) = (h for h in claims.hypotheses if h.id == name)
+    only = replace(claims, constraints={}, hypotheses=(replace(hypothesis, suites=(suite,)),))
+    (row,) = verdict.judge(only, metrics, speedups, provenance)
+    return row["verdict"]
+
+
+def checked(values):
+    """Rows of `correct` of stage 5 on the grid."""
+    return [
+        {"suite": "grid", "regime": "-", "subject": "stage5", "metric": "correct",
+         "problem": problem, "statistic": "value", "value": str(value)}
+        for problem, value in values.items()
+    ]  # fmt: skip
+
+
+def test_every_problem_means_every_problem_of_checks():
+    right = dict.fromkeys(EVERY["grid"][tidy.MINIMUM], 1)
+    assert len(right) == 24
+    assert by_hypothesis("correct-grid", "grid", checked(right)) == SUPPORTED
+    last = list(right)[-1]
+    wrong = {**right, last: 0}
+    assert by_hypothesis("correct-grid", "grid", checked(wrong)) == REFUTED
+    missing = {problem: 1 for problem in right if problem != last}
+    assert by_hypothesis("correct-grid", "grid", checked(missing)) == INCONCLUSIVE
+
+
+def timed(problems, peer, reductions, inconclusive=()):
+    """Rows of stage 5 at twice the speed of a peer, and of the A/A pairs."""
+    base = {"suite": "grid", "regime": "spaced"}
+    numbers = {"ratio": "2", "ci_low": "1.9", "ci_high": "2.1", "n_processes": "3", "n": "90"}
+    speedups = [
+        {**base, "subject": "stage5", "peer": peer, "problem": problem, **numbers}
+        for problem in [*problems, *reductions]
+    ]
+    metrics = [
+        {**base, "subject": "fa3", "metric": "conclusive", "problem": problem,
+         "statistic": "value", "value": str(int(problem not in inconclusive))}
+        for problem in problems
+    ]  # fmt: skip
+    return metrics, speedups
+
+
+@pytest.mark.parametrize(
+    ("name", "peer", "reduction"),
+    [
+        ("speed-everywhere", "fa3", tidy.MINIMUM),
+        ("speed-best-everywhere", "best", tidy.MINIMUM),
+        ("speed-short", "fa3", tidy.SHORTEST),
+    ],
+)
+def test_every_problem_means_every_problem_of_timings(name, peer, reduction):
+    needed = EVERY["grid"][reduction]
+    assert by_hypothesis(name, "grid", *timed(needed, peer, [reduction])) == SUPPORTED
+    assert by_hypothesis(name, "grid", *timed(needed[1:], peer, [reduction])) == INCONCLUSIVE
+    off = timed(needed, peer, [reduction], inconclusive=needed[:1])
+    assert by_hypothesis(name, "grid", *off) == INCONCLUSIVE
+
+
+def test_a_median_needs_no_complete_suite():
+    some = EVERY["grid"][tidy.MINIMUM][1:]
+    rows = timed(some, "fa3", [tidy.MEDIAN])
+    assert by_hypothesis("speed-minimum", "grid", *rows) == SUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("conclusive", "high", "said"),
+    [
+        (1, 0.3, SUPPORTED),
+        (1, 0.6, INCONCLUSIVE),
+        (0, 0.3, INCONCLUSIVE),
+        (None, 0.3, INCONCLUSIVE),
+    ],
+)
+def test_a_host_time_needs_its_pair_and_its_interval(conclusive, high, said):
+    base = {"suite": "gate", "regime": "-", "problem": "gate-b16"}
+    values = {"median": 0.281, "ci_low": 0.26, "ci_high": high, "n_processes": 3, "n": 900}
+    rows = [
+        {**base, "subject": "stage5", "metric": "host_over_fa3", "statistic": statistic,
+         "value": str(value)}
+        for statistic, value in values.items()
+    ]  # fmt: skip
+    if conclusive is not None:
+        rows.append({**base, "subject": "fa3", "metric": "conclusive", "statistic": "value",
+                     "value": str(conclusive)})  # fmt: skip
+    assert by_hypothesis("host-cost", "gate", rows) == said

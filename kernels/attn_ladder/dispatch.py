@@ -17,6 +17,7 @@ from attn_ladder.problem import Problem
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEADDIM = 256
+LEAST_SCALE = 2.0**-100
 
 
 class Operand(NamedTuple):
@@ -104,6 +105,11 @@ def check(q: Operand, k: Operand, v: Operand, causal: bool, softmax_scale: float
             raise ValueError(f"{softmax_scale=} must be finite")
         if softmax_scale <= 0:
             raise NotImplementedError(f"{softmax_scale=} is not supported; it must be positive")
+        if not LEAST_SCALE <= softmax_scale <= 1 / LEAST_SCALE:
+            raise ValueError(
+                f"{softmax_scale=} must be between {LEAST_SCALE:g} and {1 / LEAST_SCALE:g}: the"
+                " kernels multiply by it in fp32"
+            )
 
 
 def must_copy(x: Operand, tma: bool) -> str | None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from attn_ladder.problem import Problem
 from attn_profiling.guard import Guard, poison_recycled, poisoned
-from attn_profiling.inputs import Tensors, draw
+from attn_profiling.inputs import Tensors, draw, grown
 from attn_profiling.record import (
     Record,
     problem_fields,
@@ -188,7 +188,10 @@ Forward = Callable[..., tuple[Any, Any]]
 def check_subject(
     torch: Any, problem: Problem, forward: Forward, seed: int, device: str
 ) -> Verdict:
-    """Call a subject three times on fresh inputs and judge each; the first fault is told."""
+    """Call a subject four times on fresh inputs and judge each; the first fault is told.
+
+    The inputs of the last call make scores grow along a row, which trips guarded fast paths.
+    """
     heads = sampled_heads(problem, seed)
     first = draw(torch, problem, seed, device)
     second = draw(torch, problem, seed + 1, device)
@@ -209,6 +212,11 @@ def check_subject(
     if verdict.message is None:
         moved = _call(torch, problem, forward, first, before, "on inputs at other addresses: ")
         verdict = _worse(verdict, moved)
+    if verdict.message is None:
+        large = grown(second)
+        oracle = Oracle(torch, problem, large, heads, everywhere=False)
+        when = "on scores that grow along a row: "
+        verdict = _worse(verdict, _call(torch, problem, forward, large, oracle, when))
     return verdict
 
 

@@ -404,10 +404,34 @@ def distribution_identity(distribution: str, own_binaries: bool = True) -> dict[
     return identity
 
 
-def subject_identity(name: str) -> dict[str, Any]:
+FA3_MODULE = "fa3_fwd_interface"  # of the wheel; another build is named in the configuration
+
+
+def module_identity(module: str) -> dict[str, Any]:
+    """Which build an importable module is: its distribution's identity where it has one, else the
+    hashes of its file and of the shared objects beside it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return {"version": None, "wheel_sha256": None, "compiler": None}
+    owners = metadata.packages_distributions().get(module.split(".")[0], [])
+    if owners:
+        return distribution_identity(owners[0])
+    origin = Path(spec.origin)
+    binaries = sorted(origin.parent.glob("*.so"))
+    return {
+        "version": None,
+        "wheel_sha256": None,
+        "compiler": _compiler(binaries),
+        "binaries": {path.name: _sha256(path) for path in [origin, *binaries]},
+    }
+
+
+def subject_identity(name: str, fa3_module: str = FA3_MODULE) -> dict[str, Any]:
     """The `subjects` entry of a record: kernel hash, and for a peer which build was measured."""
     found = subject(name)
     entry: dict[str, Any] = {"kernel_hash": kernel_hash(name)}
+    if name == "fa3" and fa3_module != FA3_MODULE:
+        return {**entry, **module_identity(fa3_module)}
     if found.distribution is None:
         return {**entry, "version": None, "wheel_sha256": None, "compiler": None}
     # torch and the libraries of NVIDIA are told by their version; hashing gigabytes adds nothing

@@ -32,7 +32,9 @@ FEWEST_CALLS = 50
 BUDGET_US = 100_000.0  # GPU time of one kind of sample, beyond which fewer calls are made
 PORTION = 100
 SILENCE_S = 180.0
+PORTIONS = 5  # the subjects take turns in so many rounds
 KINDS = ("eager_host_us", "fresh_pointer_host_us", "eager_latency_us")
+GRAPH_KINDS = ("graph_latency_us", "graph_gpu_us")
 
 
 def clocked(call: Callable[[int], Any], count: int, after: Callable[[], None]) -> list[float]:
@@ -61,33 +63,69 @@ def unsynchronised(machine: Machine, call: Callable[[int], Any], count: int) -> 
     return times
 
 
-def measure_call(
-    machine: Machine, rotation: Rotation, call: Callable[[int], Any], count: int
-) -> dict[str, Any]:
-    """All host samples of one subject on one problem, `count` of each kind or, of long calls,
-    fewer."""
-    warm = clocked(lambda i: call(i % 2), WARM_CALLS, machine.synchronize)
-    count = min(count, max(FEWEST_CALLS, int(BUDGET_US / statistics.median(warm))))
-    gc.collect()
-    gc.disable()
-    try:
-        result: dict[str, Any] = {}
-        result["eager_host_us"] = unsynchronised(machine, lambda i: call(0), count)
-        result["fresh_pointer_host_us"] = unsynchronised(machine, lambda i: call(2 + i), count)
-        result["eager_latency_us"] = clocked(lambda i: call(0), count, machine.synchronize)
+class HostCost:
+    """Host samples of one subject on one problem, taken in portions that alternate with others'.
+
+    `graph_gpu_us` is the GPU time of a graph replay between two events, at the pace, the addresses
+    and the cache state of the latencies: what a latency holds beyond it is not GPU time.
+    """
+
+    def __init__(self, machine: Machine, call: Callable[[int], Any], count: int) -> None:
+        self._machine, self._call = machine, call
+        warm = clocked(lambda i: call(i % 2), WARM_CALLS, machine.synchronize)
+        self.count = min(count, max(FEWEST_CALLS, int(BUDGET_US / statistics.median(warm))))
+        self.samples: dict[str, Any] = {kind: [] for kind in KINDS}
+        self._replay: Callable[[], None] | None = None
+        self._note: str | None = None
         try:
-            replay, _ = machine.capture([lambda: call(0)])
+            self._replay, _ = machine.capture([lambda: call(0)])
         except Exception as error:
             if poisons_process(error):
                 machine.synchronize()
-            return {**result, "graph_latency_us": None, "graph_note": explain(error)}
-        for _ in range(WARM_CALLS):
-            replay()
+            self._note = explain(error)
+            return
+        self.samples |= {kind: [] for kind in GRAPH_KINDS}
+        clocked(lambda i: self._replay(), WARM_CALLS, machine.synchronize)  # type: ignore[misc]
+
+    def take(self, first: int, count: int) -> None:
+        """`count` samples of each kind, at inputs from number `first` on."""
+        machine, call, replay = self._machine, self._call, self._replay
+        gc.collect()
+        gc.disable()
+        try:
+            found = {
+                "eager_host_us": unsynchronised(machine, lambda i: call(0), count),
+                "fresh_pointer_host_us": unsynchronised(
+                    machine, lambda i: call(2 + first + i), count
+                ),
+                "eager_latency_us": clocked(lambda i: call(0), count, machine.synchronize),
+            }
+            if replay is not None:
+                found["graph_latency_us"] = clocked(lambda i: replay(), count, machine.synchronize)
+                found["graph_gpu_us"] = [self._replay_us(replay) for _ in range(count)]
+        finally:
+            gc.enable()
+        for kind, times in found.items():
+            self.samples[kind] += times
+
+    def _replay_us(self, replay: Callable[[], None]) -> float:
+        machine = self._machine
+        start = machine.event()
+        replay()
+        end = machine.event()
         machine.synchronize()
-        latency = clocked(lambda i: replay(), count, machine.synchronize)
-        return {**result, "graph_latency_us": latency, "graph_note": None}
-    finally:
-        gc.enable()
+        return round(machine.elapsed_us(start, end), 2)
+
+    def result(self) -> dict[str, Any]:
+        """The samples by kind; those of a graph are None where the call cannot be captured."""
+        graphs = {kind: self.samples.get(kind) for kind in GRAPH_KINDS}
+        return {**self.samples, **graphs, "graph_note": self._note}
+
+
+def portions(count: int) -> list[tuple[int, int]]:
+    """`count` samples in at most PORTIONS parts: (number of the first, how many)."""
+    edges = [count * i // PORTIONS for i in range(PORTIONS + 1)]
+    return [(a, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
 
 
 def work(subjects: list[str]) -> None:
@@ -110,18 +148,23 @@ def work(subjects: list[str]) -> None:
         count = measuring.host_calls
         rotation = Rotation(torch, problem, count + 2, rng.getrandbits(31), "cuda")
         names, _ = with_twin(entry["subjects"])
-        samples: dict[str, Any] = {}
-        for name in rng.sample(names, len(names)):
-            original = name.split("#")[0]
-            config = entry["chosen"].get(original)
-            with torch.inference_mode():
-                samples[name] = measure_call(
-                    machine,
-                    rotation,
-                    bound(modules[original].forward, rotation, problem.causal, config),
-                    count,
-                )
-            guard.verify()
+        with torch.inference_mode():
+            costs = {}
+            for name in names:
+                original = name.split("#")[0]
+                config = entry["chosen"].get(original)
+                call = bound(modules[original].forward, rotation, problem.causal, config)
+                costs[name] = HostCost(machine, call, count)
+            rounds = [
+                (name, *portion)
+                for i in range(PORTIONS)
+                for name in rng.sample(names, len(names))
+                for portion in portions(costs[name].count)[i : i + 1]
+            ]
+            for name, first, calls in rounds:
+                costs[name].take(first, calls)
+                guard.verify()
+        samples = {name: costs[name].result() for name in names}
         torch.cuda.empty_cache()
         reporter.send(result={"problem": problem.id, "samples": samples})
 
@@ -131,10 +174,10 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in results[0]["samples"]:
         rows = [result["samples"][name] for result in results]
-        graphs = [row["graph_latency_us"] for row in rows]
+        graphs = {kind: [row[kind] for row in rows] for kind in GRAPH_KINDS}
         merged[name] = {
             **{kind: [row[kind] for row in rows] for kind in KINDS},
-            "graph_latency_us": None if None in graphs else graphs,
+            **{kind: None if None in taken else taken for kind, taken in graphs.items()},
             "graph_note": next((row["graph_note"] for row in rows if row["graph_note"]), None),
         }
     return merged

@@ -35,6 +35,26 @@ def draw(torch: Any, problem: Problem, seed: int, device: str) -> Tensors:
     return q, k, v
 
 
+GROWTH = 40.0
+GROWTH_KEYS = 128
+
+
+def grown(inputs: Tensors) -> Tensors:
+    """The same inputs with scores that grow by orders of magnitude along a row.
+
+    Queries are GROWTH times as large, and GROWTH_KEYS consecutive keys a hundredth: the first,
+    middle or last of the sequence, in turn over the key heads. A kernel that takes its softmax
+    relative to the maximum of those keys leaves the range of its number format.
+    """
+    q, k, v = inputs
+    k = k.clone()
+    keys = min(GROWTH_KEYS, k.shape[1])
+    starts = (0, (k.shape[1] - keys) // 2 // keys * keys, k.shape[1] - keys)
+    for place, start in enumerate(starts):
+        k[:, start : start + keys, place::3] *= 0.01
+    return q * GROWTH, k, v
+
+
 class Rotation:
     """`count` sets of inputs, no two at the same address.
 

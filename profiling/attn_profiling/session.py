@@ -23,8 +23,12 @@ class Session:
         self.settings = settings
         self.gpu = gpu or device.open_gpu()
         self.content = device.content(self.gpu, settings.measuring_fields)
+        if settings.fa3_module != device.FA3_MODULE:
+            self.content["fa3_module"] = settings.fa3_module
         self.environment = {"ATTN_LADDER_FA3_MODULE": settings.fa3_module}
-        self.subjects = {name: device.subject_identity(name) for name in subjects}
+        self.subjects = {
+            name: device.subject_identity(name, settings.fa3_module) for name in subjects
+        }
         self._before = self.gpu.state()
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()

@@ -4,7 +4,8 @@ Rounds of one process share its clock, its memory layout and its neighbours, so 
 independent of each other; processes are. Intervals therefore come from a hierarchical bootstrap
 (processes, then rounds within them; Davison and Hinkley, Bootstrap Methods, section 3.8) whose
 spread is turned into an interval with Student's t at one less than the number of processes: a bare
-percentile of three processes would cover far less than it says.
+percentile of three processes would cover far less than it says. Times and ratios of times are
+positive and err by factors, so their intervals are formed on the log scale and never reach zero.
 """
 
 from __future__ import annotations
@@ -83,19 +84,41 @@ class Replicates:
         )
 
     def interval(self) -> Interval:
-        """The estimate with its 95 % interval.
+        """The estimate, of a time or a ratio of times, with its 95 % interval on the log scale.
+
+        Raises `ValueError` where it or a replicate is not positive.
+        """
+        if self.value <= 0 or (self.drawn <= 0).any():
+            raise ValueError(
+                f"value={self.value} and its replicates must be positive; a quantity that can be"
+                " zero needs linear_interval"
+            )
+        factor = math.exp(self._half_width(np.log(self.drawn)))
+        return self._between(self.value / factor, self.value * factor)
+
+    def linear_interval(self) -> Interval:
+        """The estimate, of a quantity that can be zero, with a symmetric 95 % interval."""
+        half = self._half_width(self.drawn)
+        return self._between(self.value - half, self.value + half)
+
+    @property
+    def _df(self) -> float:
+        return self.n_processes - 1 if self.n_processes > 1 else math.inf
+
+    def _between(self, low: float, high: float) -> Interval:
+        return Interval(self.value, low, high, self._df, self.n_processes, self.n)
+
+    def _half_width(self, drawn: Array) -> float:
+        """Half of the width of the 95 % interval that replicates give, on their own scale.
 
         The spread of the replicates is enlarged by sqrt(P / (P - 1)), since resampling P processes
         shrinks their variance by (P - 1) / P, and multiplied by the quantile of Student's t at
         P - 1. With one process nothing is known between processes, and the interval speaks of that
         process only (normal quantile).
         """
-        df: float = self.n_processes - 1 if self.n_processes > 1 else math.inf
+        df = self._df
         enlarge = math.sqrt(1 + 1 / df) if df < math.inf else 1.0
-        half = t_quantile(0.5 + LEVEL / 2, df) * enlarge * float(np.std(self.drawn))
-        return Interval(
-            self.value, self.value - half, self.value + half, df, self.n_processes, self.n
-        )
+        return t_quantile(0.5 + LEVEL / 2, df) * enlarge * float(np.std(drawn))
 
 
 @cache
@@ -191,7 +214,7 @@ def over_values(values: Sequence[float]) -> Interval:
 
     For counters, which are read once a problem: here the problems are the sample.
     """
-    return replicates([[v] for v in values]).interval()
+    return replicates([[v] for v in values]).linear_interval()
 
 
 def noise_floor(aa_ratios: Sequence[float]) -> float:

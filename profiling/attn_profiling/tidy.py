@@ -56,6 +56,8 @@ MEDIAN, MINIMUM, SHORTEST = "(median)", "(min)", "(min, seqlen <= 1024)"
 BEST = "best"
 """Stands in the column `peer` for the fastest peer of each problem."""
 REFERENCE_PEER = "fa3"
+HOST_TOLERANCE = 0.1
+"""How far from 1 the host's A/A pair may be: host times repeat less well than GPU times."""
 
 Row = dict[str, Any]
 Open = Callable[[bytes, str, Sequence[str]], list[metrics.Kernel]]
@@ -67,7 +69,13 @@ _SAMPLED = {
     "power_w": "W",
     "energy_mj": "mJ",
 }
-_HOST = ("eager_host_us", "eager_latency_us", "graph_latency_us", "fresh_pointer_host_us")
+_HOST = (
+    "eager_host_us",
+    "eager_latency_us",
+    "graph_latency_us",
+    "graph_gpu_us",
+    "fresh_pointer_host_us",
+)
 
 
 @dataclass
@@ -112,6 +120,33 @@ def present(samples: Sequence[Sequence[float | None]] | None) -> list[list[float
 def base_name(subject: str) -> str:
     """The subject behind an A/A twin: `fa3#2` is `fa3`."""
     return subject.split("#")[0]
+
+
+def zero_doses() -> dict[str, str]:
+    """For each file of a control, the subject with its smallest dose: nothing is planted there."""
+    smallest: dict[str, stage.Subject] = {}
+    for name, found in stage.subjects().items():
+        if found.dose is not None:
+            file = name.rpartition(".")[0]
+            smallest[file] = min(smallest.get(file, found), found, key=lambda s: s.dose or 0)
+    return {file: found.name for file, found in smallest.items()}
+
+
+def every_problem(problems: Mapping[str, Problem]) -> dict[str, dict[str, list[str]]]:
+    """For each suite, the problems that a reduction over every one of them needs."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for problem in problems.values():
+        for suite in problem.suites:
+            of_suite = found.setdefault(suite, {MINIMUM: [], SHORTEST: []})
+            of_suite[MINIMUM].append(problem.id)
+            if is_short(problem):
+                of_suite[SHORTEST].append(problem.id)
+    return found
+
+
+def is_short(problem: Problem) -> bool:
+    """Whether a problem is one of those that `SHORTEST` reduces over."""
+    return problem.seqlen_q <= 1024
 
 
 class Run:
@@ -323,7 +358,7 @@ class Tidier:
                     continue
                 if result["status"] != "ok":
                     self.left_out(data, problem, subject, result["status"], result["message"])
-                if result["status"] in ("ok", "failed"):
+                if result["status"] != "unsupported":
                     self.metric(
                         suite, problem, subject, NO_REGIME, "correct", "1", value=result["ok"]
                     )
@@ -346,7 +381,7 @@ class Tidier:
                     for subject, s in attempt["samples"].items()
                     if not self.is_stale(path, data, subject)
                 }
-                self._timed_problem(suite, problem, regime, samples)
+                self._timed_problem(suite, problem, regime, samples, conclusive)
                 self._attempts(suite, problem, regime, entry, samples, conclusive)
                 for pair, ratio in self._ratios(samples).items():
                     found = ratio.interval()
@@ -356,7 +391,7 @@ class Tidier:
             for pair, of in ratios.items():
                 dtype = "/".join(sorted({problem.dtype for problem, _ in of}))
                 every = [ratio for _, ratio in of]
-                short = [ratio for problem, ratio in of if problem.seqlen_q <= 1024]
+                short = [ratio for problem, ratio in of if is_short(problem)]
                 for name, ratios_of, reduce in (
                     (MEDIAN, every, np.median),
                     (MINIMUM, every, np.min),
@@ -367,11 +402,17 @@ class Tidier:
                         self.speedup(suite, name, dtype, regime, *pair, found)
 
     def _timed_problem(
-        self, suite: str, problem: Problem, regime: str, samples: Mapping[str, Any]
+        self,
+        suite: str,
+        problem: Problem,
+        regime: str,
+        samples: Mapping[str, Any],
+        conclusive: bool,
     ) -> None:
         for subject, taken in samples.items():
             gpu = stats.replicates(taken["gpu_us"])
-            self.gpu_us[(suite, problem.id, subject, regime)] = (problem, gpu)
+            if conclusive:
+                self.gpu_us[(suite, problem.id, subject, regime)] = (problem, gpu)
             found = gpu.interval()
             self.interval(suite, problem, subject, regime, "gpu_us", "us", found)
             flat = np.concatenate([np.asarray(p, dtype=np.float64) for p in taken["gpu_us"]])
@@ -438,12 +479,14 @@ class Tidier:
 
     def _ratios(self, samples: Mapping[str, Any]) -> dict[tuple[str, str], stats.Replicates]:
         """Which subject is compared with which: stages and variants with every peer, a stage with
-        the one before, a variant with what it varies, a dose with no dose, an A/A twin with itself.
+        the one before, a variant with what it varies, a dose with the smallest of its file, an A/A
+        twin with itself.
         """
         known = stage.subjects()
         names = [s for s in samples if "#" not in s]
         peers = [s for s in names if known[s].kind == "peer"]
         stages = [s for s in known if known[s].kind == "stage"]
+        undosed = zero_doses()
         ratios: dict[tuple[str, str], stats.Replicates] = {}
 
         def add(subject: str, peer: str, label: str | None = None) -> None:
@@ -452,12 +495,15 @@ class Tidier:
                     samples[subject]["gpu_us"], samples[peer]["gpu_us"]
                 )
 
-        best = min(peers, key=lambda s: float(np.median(samples[s]["gpu_us"][0])), default=None)
+        best = min(
+            peers,
+            key=lambda s: float(np.median(np.concatenate(samples[s]["gpu_us"]))),
+            default=None,
+        )
         for name in names:
             subject = known[name]
             if subject.kind == "control":
-                if subject.dose:
-                    add(name, f"{name.rsplit('.', 1)[0]}.0")
+                add(name, undosed[name.rpartition(".")[0]])
                 continue
             for peer in peers if subject.kind == "stage" else [REFERENCE_PEER]:
                 add(name, peer)
@@ -477,13 +523,14 @@ class Tidier:
             suite = data["suite"]
             latencies: dict[str, dict[int, tuple[Problem, stats.Replicates]]] = {}
             for entry, problem in self.entries(path, data):
+                conclusive = self._host_pair(path, data, problem, entry["samples"])
                 fa3 = entry["samples"].get(REFERENCE_PEER)
                 if self.is_stale(path, data, REFERENCE_PEER):
                     fa3 = None
                 for subject, taken in entry["samples"].items():
                     if self.is_stale(path, data, subject):
                         continue
-                    drawn = {n: stats.replicates(taken[n]) for n in _HOST if taken[n]}
+                    drawn = {n: stats.replicates(taken[n]) for n in _HOST if taken.get(n)}
                     if fa3 and subject != REFERENCE_PEER:
                         base = stats.replicates(fa3["eager_host_us"])
                         cost = drawn["eager_host_us"].map(lambda us, fa3_us: us / fa3_us, base)
@@ -495,29 +542,71 @@ class Tidier:
                         found = sampled.interval()
                         self.interval(suite, problem, subject, NO_REGIME, name, "us", found)
                     self._launch_share(suite, problem, subject, drawn)
-                    by_batch = latencies.setdefault(subject, {})
-                    by_batch[problem.batch] = (problem, drawn["eager_latency_us"])
+                    if conclusive:
+                        by_batch = latencies.setdefault(subject, {})
+                        by_batch[problem.batch] = (problem, drawn["eager_latency_us"])
             for subject, by_batch in latencies.items():
                 self._per_sequence(suite, subject, NO_REGIME, "per_sequence_eager", by_batch)
 
+    def _host_pair(
+        self, path: Path, data: record.Record, problem: Problem, samples: Mapping[str, Any]
+    ) -> bool:
+        """Whether the A/A pair of a problem agrees on every kind of host time. Without a pair
+        nothing is known, and there is no row."""
+        suite = data["suite"]
+        twin = next((s for s in samples if "#" in s and base_name(s) in samples), None)
+        if twin is None or self.is_stale(path, data, twin):
+            return False
+        subject = base_name(twin)
+        ratios: dict[str, float] = {}
+        for name in _HOST:
+            again, first = samples[twin].get(name), samples[subject].get(name)
+            if again and first:
+                medians = [float(np.median(np.concatenate(taken))) for taken in (again, first)]
+                ratios[name] = medians[0] / medians[1]
+                self.metric(
+                    suite, problem, subject, NO_REGIME, f"aa_{name}", "1", value=ratios[name]
+                )
+        off = {n: r for n, r in ratios.items() if abs(r - 1) > HOST_TOLERANCE}
+        self.metric(suite, problem, subject, NO_REGIME, "conclusive", "1", value=not off)
+        if off:
+            told = ", ".join(f"{name} {ratio:.3f}" for name, ratio in off.items())
+            self.inconclusive.append(
+                {
+                    "suite": suite,
+                    "problem": problem.id,
+                    "regime": "host",
+                    "aa_ratios": list(off.values()),
+                    "reason": f"host A/A pair {twin} off by more than"
+                    f" {100 * HOST_TOLERANCE:.0f} %: {told}",
+                }
+            )
+        return not off
+
     def _launch_share(
-        self,
-        suite: str,
-        problem: Problem,
-        subject: str,
-        latencies: Mapping[str, stats.Replicates],
+        self, suite: str, problem: Problem, subject: str, taken: Mapping[str, stats.Replicates]
     ) -> None:
-        """The part of a call's latency in which its kernels do not run, eager and in a graph."""
-        timed = self.gpu_us.get((suite, problem.id, subject, "spaced"))
-        if timed is None:
+        """The part of a call's latency in which its kernels do not run, eager and in a graph.
+
+        GPU time and latency come from one loop: the GPU time of spaced launches is that of another
+        clock and another cache. A record without it has no such rows.
+        """
+        if "graph_gpu_us" not in taken:
             return
         for latency, name in (
             ("eager_latency_us", "launch_share"),
             ("graph_latency_us", "launch_share_graph"),
         ):
-            if latency in latencies:
-                share = latencies[latency].map(lambda us, gpu: 100 * (1 - gpu / us), timed[1])
-                self.interval(suite, problem, subject, NO_REGIME, name, "%", share.interval())
+            if latency not in taken:
+                continue
+            gpu = taken[latency].map(lambda us, gpu: gpu / us, taken["graph_gpu_us"]).interval()
+            share = replace(
+                gpu,
+                value=100 * (1 - gpu.value),
+                low=100 * (1 - gpu.high),
+                high=100 * (1 - gpu.low),
+            )
+            self.interval(suite, problem, subject, NO_REGIME, name, "%", share)
 
     def energy_over_fa3(self) -> None:
         """Energy of a call over that of FA3, where both were read."""
@@ -633,6 +722,7 @@ class Tidier:
             "suites": sorted(
                 {(data["schema"].split("/")[1], data["suite"] or "") for data in records}
             ),
+            "every_problem": every_problem(self.known),
             "stale": self.stale,
             "excluded": self.excluded,
             "inconclusive": self.inconclusive,

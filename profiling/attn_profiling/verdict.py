@@ -10,11 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from attn_profiling import record, stats
 from attn_profiling.stats import Interval
-from attn_profiling.tidy import NO_REGIME, csv_text
+from attn_profiling.tidy import MINIMUM, NO_REGIME, SHORTEST, csv_text, zero_doses
 
 COLUMNS = (
     "run",
@@ -71,8 +72,19 @@ class Hypothesis:
 
     @property
     def by_point(self) -> bool:
-        """Gates and criteria are decided by the point estimate."""
-        return self.role in ("gate", "criterion")
+        """Gates and criteria on counters of one problem, or on the least or the largest of them,
+        are decided by the value: it has no interval."""
+        return self.role in ("gate", "criterion") and (
+            self.witness["kind"] == "counter"
+            and ("problem" in self.witness or self.witness.get("reduce", "median") != "median")
+        )
+
+    @property
+    def every(self) -> str | None:
+        """The reduction over every problem of a suite that this speaks of, None if it does not."""
+        if self.witness["kind"] == "counter":
+            return None if self.witness.get("reduce", "median") == "median" else MINIMUM
+        return self.witness["problem"] if self.witness["problem"] in (MINIMUM, SHORTEST) else None
 
     @property
     def regime(self) -> str:
@@ -175,9 +187,18 @@ def p_value(found: Interval | None, hypothesis: Hypothesis) -> float:
 
 
 class Evidence:
-    """The tidy tables, looked up by hypothesis."""
+    """The tidy tables, looked up by hypothesis.
 
-    def __init__(self, metrics: Sequence[Row], speedups: Sequence[Row]) -> None:
+    `every_problem` holds, for each suite and reduction, the problems that the reduction needs.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[Row],
+        speedups: Sequence[Row],
+        every_problem: Mapping[str, Mapping[str, Sequence[str]]],
+    ) -> None:
+        self.every_problem = every_problem
         self.metrics: dict[tuple[str, ...], dict[str, float]] = {}
         for row in metrics:
             key = tuple(row[c] for c in ("suite", "regime", "subject", "metric", "problem"))
@@ -188,6 +209,11 @@ class Evidence:
             by_problem[problem] = values
         keys = ("suite", "regime", "subject", "peer", "problem")
         self.speedups = {tuple(row[c] for c in keys): row for row in speedups}
+        self.conclusive = {
+            (suite, regime, problem)
+            for (suite, regime, _, metric, problem), values in self.metrics.items()
+            if metric == "conclusive" and values["value"]
+        }
 
     def values(
         self, suite: str, regime: str, subject: str, metric: str, only: str | None = None
@@ -204,9 +230,26 @@ class Evidence:
             for (s, r, subject, metric), by_problem in self.by_metric.items()
             if (s, r, metric) == (suite, regime, "aa_ratio")
             for problem, values in by_problem.items()
-            if self.metrics.get((suite, regime, subject, "conclusive", problem), {}).get("value")
+            if (suite, regime, problem) in self.conclusive
         ]
         return stats.noise_floor(ratios) if ratios else 0.0
+
+    def stands(self, hypothesis: Hypothesis, suite: str) -> bool:
+        """Whether what a hypothesis speaks of was measured on every problem that it names, with an
+        A/A pair that agreed."""
+        witness, regime = hypothesis.witness, hypothesis.regime
+        if hypothesis.every is not None:
+            needed = self.every_problem.get(suite, {}).get(hypothesis.every, ())
+            return bool(needed) and all(self._has(witness, suite, regime, p) for p in needed)
+        if witness["kind"] == "counter" or witness["problem"].startswith("("):
+            return True
+        return (suite, regime, witness["problem"]) in self.conclusive
+
+    def _has(self, witness: Mapping[str, Any], suite: str, regime: str, problem: str) -> bool:
+        if witness["kind"] == "counter":
+            return (suite, regime, witness["subject"], witness["metric"], problem) in self.metrics
+        key = (suite, regime, witness["subject"], witness["peer"], problem)
+        return key in self.speedups and (suite, regime, problem) in self.conclusive
 
     def interval(self, hypothesis: Hypothesis, suite: str) -> Interval | None:
         """The effect that a hypothesis speaks of, in one suite; None where it was not measured."""
@@ -246,19 +289,29 @@ class Evidence:
     def control(self, control: Mapping[str, str] | None) -> str:
         """`passed`, `failed`, `not measured`, or `none` where no control is named.
 
-        The witness must rise from each dose to the next.
+        The witness must rise from each dose to the next by more than it differs among kernels
+        without a dose. Those are one and the same kernel in every control's file: they are the A/A
+        arm, and without two of them nothing is known.
         """
         if control is None:
             return "none"
-        doses: dict[int, list[float]] = {}
+        doses: dict[int, float] = {}
+        without: list[float] = []
+        undosed = set(zero_doses().values())
         for suite, regime, subject, metric in self.by_metric:
+            if (suite, metric) != (control["suite"], control["metric"]):
+                continue
+            value = float(np.median(self.values(suite, regime, subject, metric)))
             name, _, dose = subject.rpartition(".")
-            if (suite, metric, name) == (control["suite"], control["metric"], control["subject"]):
-                doses[int(dose)] = self.values(suite, regime, subject, metric)
-        if len(doses) < LEAST:
+            if name == control["subject"]:
+                doses[int(dose)] = value
+            if subject in undosed:
+                without.append(value)
+        if len(doses) < LEAST or len(without) < 2:
             return "not measured"
-        rising = [stats.replicates([doses[d]]).value for d in sorted(doses)]
-        return "passed" if all(a < b for a, b in pairwise(rising)) else "failed"
+        spread = max(without) - min(without)
+        rises = [after - before for before, after in pairwise(doses[d] for d in sorted(doses))]
+        return "passed" if all(rise > spread for rise in rises) else "failed"
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -277,7 +330,7 @@ def judge(
 
     Rows follow the order of constraints.yaml. An effect that was not measured is left blank.
     """
-    evidence = Evidence(metrics, speedups)
+    evidence = Evidence(metrics, speedups, provenance["every_problem"])
     post_hoc = "" if provenance["constraints_sha256"] == [constraints.sha256] else POST_HOC
     controls = {
         name: evidence.control(constraint["control"])
@@ -290,7 +343,8 @@ def judge(
             interval = evidence.interval(hypothesis, suite)
             found[(hypothesis.id, suite)] = interval
             if hypothesis.role == "primary":
-                primary[f"{hypothesis.id} {suite}"] = p_value(interval, hypothesis)
+                known = interval if evidence.stands(hypothesis, suite) else None
+                primary[f"{hypothesis.id} {suite}"] = p_value(known, hypothesis)
     adjusted = stats.holm(primary)
 
     rows: list[dict[str, Any]] = []
@@ -302,7 +356,8 @@ def judge(
         for suite in hypothesis.suites:
             interval = found[(hypothesis.id, suite)]
             floor = evidence.noise_floor(suite, hypothesis.regime) if is_ratio else 0.0
-            verdict = decide(interval, hypothesis, floor)
+            known = interval if evidence.stands(hypothesis, suite) else None
+            verdict = decide(known, hypothesis, floor)
             name = f"{hypothesis.id} {suite}"
             if name in adjusted and adjusted[name] >= 1 - stats.LEVEL:
                 verdict = INCONCLUSIVE

@@ -24,6 +24,7 @@ VARIANT = Variant(
 POLYNOMIAL = """{ .reg .f32 x, r, f, p; .reg .b32 e, b; .reg .pred q;
 setp.lt.f32 q, $4, 0fC2FC0000;
 max.ftz.f32 x, $4, 0fC2FC0000;
+min.ftz.f32 x, x, 0f43000000;
 add.rn.ftz.f32 r, x, 0f4B400000;
 sub.rn.ftz.f32 f, r, 0f4B400000;
 sub.rn.ftz.f32 f, x, f;

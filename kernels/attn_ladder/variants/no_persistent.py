@@ -22,7 +22,7 @@ VARIANT = Variant(
 def schedule(*problem: Any) -> tuple[Any, Any, int]:
     """The top stage's configuration and shape, with as many CTAs as tiles."""
     cfg, shape, _ = stage5_everything.schedule(*problem)
-    return replace(cfg, schedule="static"), shape, shape.num_m * shape.num_heads
+    return replace(cfg, schedule="static", cross_tile=False), shape, shape.num_m * shape.num_heads
 
 
 _stage = copied(stage5_everything, "no_persistent", schedule=schedule)
