@@ -708,10 +708,9 @@ def prediction(evidence: Evidence) -> Table:
         ["", "limit (busy)", "predicted", "measured", "plan", "plan/FA3", "gate off %", "worst",
          "grid off %", "worst", "at its clock", "target", "met"],
         rows,
-        "Limit: the busiest resource, and for how much of the time; the rest is latency, softmax and"
-        " products that nothing hides, and imbalance. "
-        "TFLOPS on the gate problem, predicted, measured and as the plan has them; errors of the"
-        " predicted time in the median and at worst, over the problems of the gate and of the grid;"
+        "Limit: the busiest resource, and for how much of the time; the rest is latency, work that"
+        " nothing hides, and imbalance. TFLOPS on the gate problem, predicted,"
+        " measured and as the plan has them; errors of the predicted time in the median and at worst, over the problems of the gate and of the grid;"
         f" the clock assumed is {predict.IDLE_MHZ.value:.0f} MHz before a launch, and at its clock"
         f" the measured one. This comparison is {evidence.prediction_status}.",
         align="ll" + "r" * 11,
@@ -739,8 +738,8 @@ def predictions(evidence: Evidence) -> Table:
     return Table(
         [*header, f"limit of {label(predict.STAGES[-1])}"],
         rows,
-        "Microseconds, spaced launches: what was said before, and what was found. Limit: the busiest"
-        f" resource. This comparison is {evidence.prediction_status}.",
+        "Microseconds, spaced launches: what was said before, and what was found. Limit: the"
+        f" busiest resource. This comparison is {evidence.prediction_status}.",
         frozenset(n for n in range(1, len(keys)) if keys[n] != keys[n - 1]),
         "rrlr" + "r" * 10 + "l",
         labels=4,
