@@ -710,7 +710,8 @@ def prediction(evidence: Evidence) -> Table:
         rows,
         "Limit: the busiest resource, and for how much of the time; the rest is latency, work that"
         " nothing hides, and imbalance. TFLOPS on the gate problem, predicted,"
-        " measured and as the plan has them; errors of the predicted time in the median and at worst, over the problems of the gate and of the grid;"
+        " measured and as the plan has them; errors of the predicted"
+        " time in the median and at worst, over the problems of the gate and of the grid;"
         f" the clock assumed is {predict.IDLE_MHZ.value:.0f} MHz before a launch, and at its clock"
         f" the measured one. This comparison is {evidence.prediction_status}.",
         align="ll" + "r" * 11,

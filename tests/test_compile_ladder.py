@@ -27,7 +27,6 @@ from attn_ladder.offline import (
 )
 from attn_ladder.problem import Problem
 from attn_ladder.reference import visible
-from attn_profiling.predict import tiles
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 GLUON = ("stage2_signalling", "stage3_persistent", "stage4_pipeline")
@@ -128,6 +127,8 @@ def barriers(loop: list, threads: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("module", GLUON)
 def test_the_model_counts_the_instructions_of_a_step(module: str) -> None:
+    from attn_profiling.predict import tiles  # this file is also a script that sees kernels/ only
+
     for headdim in (64, 128):
         problem = Problem("x", ("s",), "bf16", 1, 1024, 1024, 1, 1, headdim, False)
         known = tiles(module.split("_")[0], problem).instructions
