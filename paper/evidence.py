@@ -9,7 +9,7 @@ from typing import Any
 
 from attn_ladder import stage
 from attn_ladder.problem import Problem, read_problems
-from attn_profiling import device, model, verdict
+from attn_profiling import device, model, predict, verdict
 from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, NO_REGIME, REFERENCE_PEER, SHORTEST
 
 __all__ = [
@@ -39,8 +39,19 @@ class Value:
     high: float | None = None
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What was said of a stage on a problem before it was measured."""
+
+    us: float
+    limit: str
+    busy_percent: float
+    clock_mhz: float
+
+
 class Evidence:
-    """metrics.csv, speedups.csv, verdicts.csv and provenance.json of one run, and the problems."""
+    """metrics.csv, speedups.csv, verdicts.csv and provenance.json of one run, the problems, and
+    the predictions beside the constraints."""
 
     def __init__(self, results: Path, problems: Path, constraints: Path) -> None:
         self.provenance: dict[str, Any] = json.loads((results / "provenance.json").read_text())
@@ -54,6 +65,17 @@ class Evidence:
         self._speedups = {
             tuple(row[c] for c in ("suite", "problem", "subject", "peer", "regime")): row
             for row in verdict.read_rows(results / "speedups.csv")
+        }
+        self._predictions = constraints.with_name("predictions.csv")
+        self._predicted = {
+            (row["problem"], row["subject"]): Predicted(
+                float(row["predicted_us"]),
+                row["limit"],
+                float(row["busy_percent"]),
+                float(row["clock_mhz"]),
+            )
+            for row in (verdict.read_rows(self._predictions) if self._predictions.is_file() else ())
+            if row["device"] == self.provenance["device"]
         }
         measured = {key[2] for key in self._metrics}
         self.subjects = [name for name in stage.subjects() if name in measured]
@@ -119,6 +141,51 @@ class Evidence:
         copy = self.provenance["ceilings"]["copy_bytes_per_s"]["value"]
         mhz = clock.value if clock else float(known.boost_clock_mhz)
         return model.roofline(problem, known, mhz, copy)
+
+    def predicted(self, problem: str, subject: str) -> Predicted | None:
+        """The committed prediction, which is for the spaced regime."""
+        return self._predicted.get((problem, subject))
+
+    def measured_over_predicted(self, suite: str, problem: str, subject: str) -> Value | None:
+        """The measured time over the committed prediction; None where either is missing."""
+        found = self.predicted(problem, subject)
+        us = self.metric(suite, problem, subject, "gpu_us", "spaced")
+        if found is None or us is None or not self.conclusive(suite, problem):
+            return None
+        low, high = (None if v is None else v / found.us for v in (us.low, us.high))
+        return Value(us.value / found.us, low, high)
+
+    def prediction_errors(
+        self, suite: str, subject: str, at_measured_clock: bool = False
+    ) -> list[float]:
+        """Predicted over measured time less 1, of each measured problem of a suite.
+
+        As committed, or by the model of this source at the clock measured before the launches.
+        """
+        errors = []
+        for problem in self.suite(suite):
+            ratio = self.measured_over_predicted(suite, problem.id, subject)
+            clock = self.metric(suite, problem.id, subject, "spin_clock_mhz", "spaced")
+            if ratio is None:
+                continue
+            scale = 1.0
+            if at_measured_clock and clock is not None:
+                here = predict.predict(problem, subject, self.provenance["device"], clock.value)
+                committed = self.predicted(problem.id, subject)
+                assert committed is not None
+                scale = here.us / committed.us
+            errors.append(scale / ratio.value - 1)
+        return errors
+
+    @property
+    def prediction_status(self) -> str:
+        """Whether the predictions were there before the run: `confirmatory`, else `post hoc`."""
+        before = predict.predates(
+            self.provenance["commits"],
+            self.provenance["predictions_sha256"],
+            self._predictions,
+        )
+        return "confirmatory" if before else "post hoc"
 
     @property
     def stamp(self) -> str:

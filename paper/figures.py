@@ -17,6 +17,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from attn_ladder import stage  # noqa: E402
+from attn_profiling import predict  # noqa: E402
 from paper.evidence import Evidence, Value, label, load  # noqa: E402
 
 COLORS = {
@@ -144,6 +145,22 @@ def two_clocks(evidence: Evidence) -> Any:
     for axes in figure.axes:
         axes.ticklabel_format(axis="y", useOffset=False)
     figure.axes[0].set_ylim(bottom=0)
+    return figure
+
+
+def prediction(evidence: Evidence) -> Any:
+    """Measured over predicted time of every stage over the grid, and the band of the target."""
+    figure = _over_grid(
+        evidence,
+        list(predict.STAGES),
+        lambda p, s: evidence.measured_over_predicted("grid", p, s),
+        "measured / predicted",
+    )
+    target = max(predict.TARGET.values())
+    for axes in figure.axes:
+        if axes.lines:
+            axes.axhspan(1 - target, 1 + target, color="#eeeeee", zorder=0)
+            axes.axhline(1.0, color=COLORS["fa3"], linewidth=0.8)
     return figure
 
 
@@ -307,6 +324,7 @@ FIGURES: dict[str, Callable[[Evidence], Any]] = {
     "grid": grid,
     "ratio": ratio,
     "two_clocks": two_clocks,
+    "prediction": prediction,
     "branching": branching,
     "launch": launch,
     "sync": sync,

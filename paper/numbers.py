@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from attn_profiling import predict
 from attn_profiling.record import write_text
 from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, REFERENCE_PEER
 from paper.evidence import Evidence, Value, load
@@ -187,6 +188,12 @@ def numbers(evidence: Evidence) -> dict[str, str]:
     confirmatory = provenance["constraints_sha256"] == [evidence.constraints.sha256]
     put("confirmatory" if confirmatory else "post hoc", "confirmatory")
     put(str(len(provenance["stale"])), "stale count")
+    for name, target in predict.TARGET.items():
+        errors = evidence.prediction_errors("grid", name)
+        percent = Value(100 * predict.off(errors)) if errors else None
+        put(text(percent, 1, r"\,\%"), name, "prediction off")
+        put(f"{100 * target:.0f}", "prediction target percent")
+    put(evidence.prediction_status, "prediction status")
     return found
 
 

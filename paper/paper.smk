@@ -8,16 +8,18 @@ EVIDENCE = [
     "results/verdicts.csv",
     config["problems"],
     config["constraints"],
+    str(Path(config["constraints"]).with_name("predictions.csv")),
+    "profiling/attn_profiling/predict.py",
     "paper/evidence.py",
 ]
 TABLES = expand(
     "paper/generated/{name}.tex",
     name="grid grid_fp16 ladder variants which_fa3 published constraints verdicts criteria witnesses stalls host regimes"
-    " roofline checks left_out stages".split(),
+    " roofline prediction predictions checks left_out stages".split(),
 )
 FIGURES = expand(
     "paper/generated/{name}.pdf",
-    name="grid ratio two_clocks branching launch sync memory controls".split(),
+    name="grid ratio two_clocks prediction branching launch sync memory controls".split(),
 )
 NUMBERS = "paper/generated/numbers.tex"
 RESULTS = [

@@ -20,7 +20,7 @@ import typer
 
 from attn_ladder import stage
 from attn_ladder.problem import Problem
-from attn_profiling import metrics, model
+from attn_profiling import metrics, model, predict
 from attn_profiling.record import write_text
 from attn_profiling.tidy import csv_text
 from attn_profiling.verdict import Hypothesis
@@ -668,6 +668,85 @@ def roofline(evidence: Evidence) -> Table:
     )  # fmt: skip
 
 
+def _off(errors: Sequence[float]) -> list[str]:
+    """Median and worst error in percent."""
+    if not errors:
+        return ["not measured", "–"]
+    return [f"{100 * predict.off(errors):.1f}", f"{100 * max(errors, key=abs):+.0f}"]
+
+
+def prediction(evidence: Evidence) -> Table:
+    """The stages' predictions in short: the gate problem with the plan's targets, and the grid."""
+    problem = evidence.problems[GATE]
+    rows = []
+    for name in predict.STAGES:
+        found = evidence.predicted(GATE, name)
+        gate = _gate_of(evidence, name)
+        grid_errors = evidence.prediction_errors("grid", name)
+        target = predict.TARGET.get(name)
+        median_off = predict.off(grid_errors) if grid_errors else None
+        met = (
+            "" if target is None or median_off is None else "yes" if median_off <= target else "no"
+        )
+        said = None if found is None else Value(problem.convention_flops / found.us / 1e6)
+        rows.append(
+            [
+                label(name),
+                "–" if found is None else f"{found.limit} ({found.busy_percent:.0f} %)",
+                number(said),
+                number(evidence.metric("gate", GATE, name, "tflops", "spaced")),
+                _PLAN_TFLOPS.get(name, ""),
+                "" if gate is None else f"{gate:.2f}",
+                *_off(evidence.prediction_errors("gate", name)),
+                *_off(grid_errors),
+                _off(evidence.prediction_errors("grid", name, at_measured_clock=True))[0],
+                "" if target is None else f"≤ {100 * target:.0f}",
+                met,
+            ]
+        )
+    return Table(
+        ["", "limit (busy)", "predicted", "measured", "plan", "plan/FA3", "gate off %", "worst",
+         "grid off %", "worst", "at its clock", "target", "met"],
+        rows,
+        "Limit: the busiest resource, and for how much of the time; the rest is latency, work that"
+        " nothing hides, and imbalance. TFLOPS on the gate problem, predicted,"
+        " measured and as the plan has them; errors of the predicted"
+        " time in the median and at worst, over the problems of the gate and of the grid;"
+        f" the clock assumed is {predict.IDLE_MHZ.value:.0f} MHz before a launch, and at its clock"
+        f" the measured one. This comparison is {evidence.prediction_status}.",
+        align="ll" + "r" * 11,
+        labels=1,
+    )  # fmt: skip
+
+
+def predictions(evidence: Evidence) -> Table:
+    """Predicted and measured time of every stage on every problem of the grid and the gate."""
+    rows, keys = [], []
+    for suite in predict.SUITES:
+        for problem in evidence.suite(suite):
+            cells = []
+            for name in predict.STAGES:
+                found = evidence.predicted(problem.id, name)
+                measured = evidence.metric(suite, problem.id, name, "gpu_us", "spaced")
+                cells += ["–" if found is None else f"{found.us:.0f}", number(measured)]
+            top = evidence.predicted(problem.id, predict.STAGES[-1])
+            rows.append([str(problem.batch), *shape(problem), *cells, top.limit if top else "–"])
+            rows[-1][3] += _dagger(evidence, suite, problem)
+            keys.append((suite, problem.headdim, problem.causal))
+    header = ["batch", "d", "mask", "seqlen"]
+    for name in predict.STAGES:
+        header += [f"{label(name)} said", "found"]
+    return Table(
+        [*header, f"limit of {label(predict.STAGES[-1])}"],
+        rows,
+        "Microseconds, spaced launches: what was said before, and what was found. Limit: the"
+        f" busiest resource. This comparison is {evidence.prediction_status}.",
+        frozenset(n for n in range(1, len(keys)) if keys[n] != keys[n - 1]),
+        "rrlr" + "r" * 10 + "l",
+        labels=4,
+    )
+
+
 def checks(evidence: Evidence) -> Table:
     """How many problems each subject gets right, and the worst error against its bound."""
     rows = []
@@ -732,6 +811,8 @@ TABLES: dict[str, Callable[[Evidence], Table]] = {
     "host": host,
     "regimes": regimes,
     "roofline": roofline,
+    "prediction": prediction,
+    "predictions": predictions,
     "checks": checks,
     "left_out": left_out,
 }

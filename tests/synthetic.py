@@ -27,6 +27,7 @@ from attn_profiling.metrics import Instruction, Kernel
 ROOT = Path(__file__).resolve().parents[1]
 PROBLEMS = ROOT / "config" / "problems.tsv"
 CONSTRAINTS = ROOT / "config" / "constraints.yaml"
+PREDICTIONS = ROOT / "config" / "predictions.csv"
 COMMIT = "5" * 40
 
 SPEED = {  # time of FA3 over time of the subject: the truth that the tables must find
@@ -148,6 +149,7 @@ class Maker:
                 "started": "2026-01-01T00:00:00Z",
                 "seconds": 1.0,
                 "constraints_sha256": record.constraints_sha256(CONSTRAINTS),
+                "predictions_sha256": record.predictions_sha256(PREDICTIONS),
             },
             subjects={
                 name: {

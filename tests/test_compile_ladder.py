@@ -25,6 +25,7 @@ from attn_ladder.offline import (
     overlapped,
     read_ptxas,
 )
+from attn_ladder.problem import Problem
 from attn_ladder.reference import visible
 
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -122,6 +123,19 @@ def barriers(loop: list, threads: int) -> tuple[int, int]:
     counts = [operands.split(",")[1:] for name, operands in loop if name.startswith("BAR.SYNC")]
     whole = sum(not count or int(count[0], 16) == threads for count in counts)
     return whole, len(counts) - whole
+
+
+@pytest.mark.parametrize("module", GLUON)
+def test_the_model_counts_the_instructions_of_a_step(module: str) -> None:
+    from attn_profiling.predict import tiles  # this file is also a script that sees kernels/ only
+
+    for headdim in (64, 128):
+        problem = Problem("x", ("s",), "bf16", 1, 1024, 1024, 1, 1, headdim, False)
+        known = tiles(module.split("_")[0], problem).instructions
+        loops = shipped(module)[headdim, "bf16", False]["loops"]
+        counts = [sum(name != "LABEL" for name, _ in loop) for loop in loops]
+        assert min(counts) == pytest.approx(known, rel=0.02), headdim
+        assert min(counts) != pytest.approx(1.1 * known, rel=0.02), headdim
 
 
 @pytest.mark.parametrize("module", GLUON)

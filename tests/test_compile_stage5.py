@@ -13,6 +13,8 @@ from collections import Counter
 import pytest
 
 from attn_ladder import offline
+from attn_ladder.problem import Problem
+from attn_profiling.predict import tiles
 
 FACTORY = "attn_ladder.stage5_everything:offline"
 LIST_CONFIGS = """
@@ -186,3 +188,17 @@ def test_a_loop_without_turns_is_an_error():
 def test_a_configuration_that_does_not_exist_is_an_error():
     with pytest.raises(RuntimeError, match="headdim=80"):
         offline.report(FACTORY, {"headdim": 80, "causal": False})
+
+
+def test_the_model_counts_the_instructions_of_a_step(compiled):
+    for case in CASES:
+        config = case[1]
+        if config["ragged"]:
+            continue
+        seqlen, headdim = 4096, config["headdim"]
+        problem = Problem("x", ("s",), "bf16", 1, seqlen, seqlen, 1, 1, headdim, config["causal"])
+        known = tiles("stage5", problem).instructions
+        loops = hot_loops(compiled[name(case)].sass)
+        fewest = min(sum(opcode != "LABEL" for opcode, _ in body) for body in loops)
+        assert fewest == pytest.approx(known, rel=0.02), name(case)
+        assert fewest != pytest.approx(1.1 * known, rel=0.02), name(case)

@@ -196,6 +196,37 @@ def verdict_command(
     record.write_text(out, verdict.verdicts(metrics, speedups, provenance, constraints))
 
 
+@app.command("predict")
+@_explained
+def predict_command(
+    write: Annotated[bool, typer.Option("--write", help="Write the file of predictions.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Fail where it is out of date.")] = False,
+    pilot: Annotated[
+        bool, typer.Option("--pilot", help="Say how far pilot times are off.")
+    ] = False,
+    problems: Annotated[Path, typer.Option("--problems")] = Path("config/problems.tsv"),
+    out: OutOption = Path("config/predictions.csv"),
+) -> None:
+    """Predict the time and the limit of every stage; commit the file before measuring."""
+    from attn_profiling import predict, record
+
+    if write + check + pilot != 1:
+        raise ValueError("name one of --write, --check and --pilot")
+    if pilot:
+        for (source, subject), errors in predict.pilot_errors(problems).items():
+            worst = max(errors, key=abs)
+            _say(f"{source} {subject}: {predict.off(errors):.1%} off in the median, {worst:+.1%}")
+        return
+    current = predict.text(problems)
+    if write:
+        record.write_text(out, current)
+    elif not out.is_file() or out.read_text() != current:
+        raise ValueError(
+            f"{out} is not what the model says now; run `attn-profiling predict --write` and commit"
+            " it before the next run is measured"
+        )
+
+
 @app.command("promote")
 @_explained
 def promote_command(

@@ -23,6 +23,7 @@ from typing import Any
 from attn_ladder.stage import kernel_hash, subject
 
 NVIDIA_H100 = "NVIDIA H100 Tensor Core GPU Architecture whitepaper (2022), table 2"
+NVIDIA_A100 = "NVIDIA A100 Tensor Core GPU Architecture whitepaper (2020)"
 CUDA_GUIDE = "CUDA C++ Programming Guide, table of arithmetic throughput, compute capability"
 
 
@@ -40,7 +41,8 @@ class Device:
     """A GPU model. `peaks` hold at `boost_clock_mhz` where they depend on a clock.
 
     `bf16_flops_per_s` dense tensor throughput, `mufu_per_clk_per_sm` exp2 results,
-    `dram_bytes_per_s` device memory bandwidth.
+    `issue_per_clk_per_sm` instructions of a warp, `shared_bytes_per_clk_per_sm` and
+    `l2_bytes_per_clk` (of the whole GPU) reads, `dram_bytes_per_s` device memory bandwidth.
     """
 
     slug: str
@@ -58,6 +60,13 @@ def _peaks(
     return {
         "bf16_flops_per_s": Peak(bf16, "FLOP/s", bf16_source),
         "mufu_per_clk_per_sm": Peak(16, "results/clk/SM", f"{CUDA_GUIDE} {capability}"),
+        "issue_per_clk_per_sm": Peak(4, "warp instructions/clk/SM", f"{CUDA_GUIDE} {capability}"),
+        "shared_bytes_per_clk_per_sm": Peak(
+            128, "byte/clk/SM", f"CUDA C++ Programming Guide, compute capability {capability}"
+        ),
+        "l2_bytes_per_clk": Peak(
+            5120, "byte/clk", f"{NVIDIA_A100}; none is published for later GPUs"
+        ),
         "dram_bytes_per_s": Peak(dram, "byte/s", dram_source),
     }
 
@@ -98,7 +107,7 @@ DEVICES = {
             l2_bytes=40 * 2**20,
             peaks=_peaks(
                 312e12,
-                "NVIDIA A100 Tensor Core GPU Architecture whitepaper (2020), table 1",
+                f"{NVIDIA_A100}, table 1",
                 2039e9,
                 "NVIDIA A100 80GB datasheet (2021)",
                 "8.0",

@@ -2,7 +2,8 @@
 
 Counts come from the algorithm, rates from the device table, the clock from the run. Two times
 bracket a kernel: `overlapped`, where the busiest resource hides all others, and `serial`, where
-products and softmax take turns. Neither is fitted to a measurement.
+products and softmax take turns. Neither is fitted to a measurement; `predict` says what each stage
+should take between them.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from attn_profiling.device import Device, Peak
 BLOCK = 128
 """Rows and columns of the model's tile: one that touches the mask is computed whole."""
 
-ISSUE_PER_CLK_PER_SM = Peak(4.0, "warp instructions/clk/SM", "Hopper: four schedulers an SM")
-SHARED_BYTES_PER_CLK_PER_SM = Peak(128.0, "byte/clk/SM", "CUDA C++ Programming Guide, 9.0")
 INSTRUCTIONS_PER_SCORE = Peak(
     4.5,
     "instructions/score",
@@ -106,8 +105,8 @@ def roofline(
         clock_mhz=clock_mhz,
         tensor_us=tensor_us,
         mufu_us=mufu_us,
-        issue_us=issue / ISSUE_PER_CLK_PER_SM.value / cycles_per_us,
-        shared_us=shared_bytes / SHARED_BYTES_PER_CLK_PER_SM.value / cycles_per_us,
+        issue_us=issue / device.peaks["issue_per_clk_per_sm"].value / cycles_per_us,
+        shared_us=shared_bytes / device.peaks["shared_bytes_per_clk_per_sm"].value / cycles_per_us,
         dram_us=problem.min_bytes / dram * 1e6,
         tail_us=uneven,
         launch_us=KERNEL_US.value,

@@ -233,3 +233,12 @@ def constraints_sha256(path: Path) -> str | None:
 
     canonical = json.dumps(yaml.safe_load(path.read_text()), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+PREDICTIONS = Path("config/predictions.csv")
+"""What `attn-profiling predict` wrote; `provenance` carries its hash."""
+
+
+def predictions_sha256(path: Path = PREDICTIONS) -> str | None:
+    """Hash of the predictions that a run is compared with, byte for byte. None if absent."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_profiling import device
-from attn_profiling.record import Record, constraints_sha256, header
+from attn_profiling.record import Record, constraints_sha256, header, predictions_sha256
 from attn_profiling.settings import INPUT_DISTRIBUTION, Settings
 
 
@@ -48,6 +48,7 @@ class Session:
             "seed": self.settings.measuring.seed,
             "input_distribution": INPUT_DISTRIBUTION,
             "constraints_sha256": constraints_sha256(self.settings.constraints),
+            "predictions_sha256": predictions_sha256(),
             "started": self._started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - self._clock, 1),
         }

@@ -691,7 +691,7 @@ class Tidier:
             subjects.update(data["subjects"])
 
         def all_of(key: str) -> list[Any]:
-            return sorted({data["provenance"][key] for data in records}, key=str)
+            return sorted({data["provenance"].get(key) for data in records}, key=str)
 
         return {
             "tier": self.tier,
@@ -704,6 +704,7 @@ class Tidier:
             "image_digest": device["provenance"]["image_digest"],
             "engine": device["provenance"]["engine"],
             "constraints_sha256": all_of("constraints_sha256"),
+            "predictions_sha256": all_of("predictions_sha256"),
             "seed": all_of("seed"),
             "input_distribution": all_of("input_distribution"),
             "started": min(data["provenance"]["started"] for data in records),
