@@ -140,10 +140,16 @@ def test_without_a_fitting_triton_stage_1_runs_and_says_why(gpu, monkeypatch):
     assert "stage5 cannot be imported" in str(dispatch.explain(make(), make(), make()))
 
 
+def test_launching_needs_triton_3_6():
+    code = "import triton; triton.__version__ = '3.8.0'; import attn_ladder.launch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and "triton 3.6 is needed" in done.stderr
+
+
 def test_an_h100_runs_stage_5_and_says_with_which_configuration(gpu):
     gpu()
     text = str(dispatch.explain(make(), make(), make(), causal=True))
-    assert "stage5" in text and "pairs" in text and "copied: nothing" in text
+    assert "stage5" in text and "dynamic" in text and "copied: nothing" in text
 
 
 def test_return_lse(gpu):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attn_ladder import launch
+from attn_ladder import launch, tiles
 from attn_ladder import stage5_everything as stage5
 from attn_ladder.reference import visible
 
@@ -35,14 +35,14 @@ def cta(monkeypatch):
             num_programs=lambda axis: grid,
             cdiv=lambda a, b: -(-a // b),
         )
-        monkeypatch.setattr(stage5, "gl", stand_in)
+        monkeypatch.setattr(tiles, "gl", stand_in)
 
     return become
 
 
 SHAPES = {
-    "pairs": dict(seqlen_q=512, batch=16, nheads=32, nheads_k=32),
-    "an odd number of tiles": dict(seqlen_q=640, batch=3, nheads=12, nheads_k=3),
+    "pairs": dict(seqlen_q=512, batch=16, nheads=16, nheads_k=16, headdim=128),
+    "an odd number of tiles": dict(seqlen_q=640, batch=3, nheads=12, nheads_k=3, headdim=128),
     "counter": dict(seqlen_q=4096, batch=2, nheads=8, nheads_k=2, headdim=128),
     "three consumers": dict(seqlen_q=8192, batch=1, nheads=5, nheads_k=5),
     "full": dict(seqlen_q=1000, batch=3, nheads=7, nheads_k=7, causal=False),
@@ -63,16 +63,16 @@ def tiles_of_all_ctas(cfg, shape, grid, cta):
 @pytest.mark.parametrize("case", SHAPES)
 def test_every_tile_is_visited_once(cta, case):
     cfg, shape, grid = plan(**SHAPES[case])
-    tiles = Counter(itertools.chain(*tiles_of_all_ctas(cfg, shape, grid, cta)))
+    taken = Counter(itertools.chain(*tiles_of_all_ctas(cfg, shape, grid, cta)))
     wanted = itertools.product(range(shape.num_m), range(shape.num_heads))
-    assert tiles == Counter(wanted)
+    assert taken == Counter(wanted)
 
 
 def test_a_missing_tile_would_be_noticed(cta):
     cfg, shape, grid = plan(**SHAPES["pairs"])
     lost = shape._replace(num_m=shape.num_m + 2)
-    tiles = Counter(itertools.chain(*tiles_of_all_ctas(cfg, shape, grid, cta)))
-    assert tiles != Counter(itertools.product(range(lost.num_m), range(lost.num_heads)))
+    taken = Counter(itertools.chain(*tiles_of_all_ctas(cfg, shape, grid, cta)))
+    assert taken != Counter(itertools.product(range(lost.num_m), range(lost.num_heads)))
 
 
 def test_the_longest_causal_tiles_come_first_and_heads_of_a_key_head_together(cta):
@@ -121,8 +121,8 @@ def test_an_aligned_kernel_would_not_do_for_a_ragged_problem():
 def test_too_many_tiles_for_the_list_and_odd_pairs_change_the_order():
     assert plan(seqlen_q=4096)[0].schedule == "dynamic"
     assert plan(seqlen_q=4096, batch=4096, nheads=32, nheads_k=32)[0].schedule == "static"
-    assert plan(seqlen_q=256)[0].schedule == "pairs"
-    assert plan(seqlen_q=384)[0].schedule == "dynamic"
+    assert plan(seqlen_q=256, headdim=128)[0].schedule == "pairs"
+    assert plan(seqlen_q=384, headdim=128)[0].schedule == "dynamic"
 
 
 def test_groups_of_heads_fit_the_l2_and_are_of_equal_size():
@@ -181,6 +181,24 @@ def encoded(monkeypatch):
     utils = SimpleNamespace(fill_tma_descriptor=fill)
     monkeypatch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
     return calls
+
+
+def test_maps_are_encoded_once_for_an_address(encoded):
+    q = launch.Layout(0, (2, 256, 4, 64), (65536, 256, 64, 1))
+    maps = FakeKernel().tensor_maps(q, launch.Layout(1, q.shape, q.strides))
+    first = maps(16, 32)
+    assert first == (1, *q.shape, *q.strides, 2, *q.shape, *q.strides)
+    assert maps(16, 32) is first and len(encoded) == 2
+    assert maps(16, 48) != first and len(encoded) == 4
+    for address in range(1000):
+        maps(16 * address, 16)
+    assert maps.cache_info().currsize <= 64
+
+
+def test_a_stride_of_a_single_element_is_made_one_that_tma_takes(encoded):
+    one = launch.Layout(0, (1, 256, 1, 64), (3, 64, 0, 1))
+    FakeKernel().tensor_maps(one)(16)
+    assert encoded == [(16, (1, 256, 1, 64), (16, 64, 16, 1))]
 
 
 @pytest.fixture

@@ -21,13 +21,12 @@ LEAST_SCALE = 2.0**-100
 
 
 class Operand(NamedTuple):
-    """What a kernel can know of an input tensor before it sees a pointer."""
+    """What is known of an input tensor before its address."""
 
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    layout: torch.layout
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,10 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def check(q: Operand, k: Operand, v: Operand, causal: bool, softmax_scale: float | None) -> None:
+def check(q: Operand, k: Operand, v: Operand, softmax_scale: float | None) -> None:
     """Raise `ValueError` for wrong inputs and `NotImplementedError` for valid, unsupported ones."""
     operands = {"q": q, "k": k, "v": v}
     for name, x in operands.items():
-        if x.layout != torch.strided:
-            raise NotImplementedError(f"{name}.layout={x.layout} is not supported; only strided is")
         if len(x.shape) != 4:
             raise ValueError(
                 f"{name}.shape={tuple(x.shape)} must be (batch, seqlen, nheads, headdim)"
@@ -96,8 +93,6 @@ def check(q: Operand, k: Operand, v: Operand, causal: bool, softmax_scale: float
         raise NotImplementedError(f"{headdim=} is not supported; at most {MAX_HEADDIM} is")
     if batch * nheads * (seqlen_q // 64 + 1) >= 2**31 or max(seqlen_q, seqlen_k) >= 2**30:
         raise NotImplementedError(f"{batch=} {nheads=} {seqlen_q=} {seqlen_k=} is too large")
-    if not isinstance(causal, bool):
-        raise ValueError(f"{causal=} must be True or False")
     if softmax_scale is not None:
         if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, float | int):
             raise ValueError(f"{softmax_scale=} must be a number or None")
@@ -124,10 +119,14 @@ def must_copy(x: Operand, tma: bool) -> str | None:
     return None
 
 
-@lru_cache(maxsize=1024, typed=True)
-def route(q: Operand, k: Operand, v: Operand, causal: bool, softmax_scale: float | None) -> Route:
-    """Check a call and choose its kernel. Raises as `check` does."""
-    check(q, k, v, causal, softmax_scale)
+@lru_cache(maxsize=1024)
+def route(causal: bool, softmax_scale: float | None, *described: Any) -> Route:
+    """Check a call and choose its kernel. `described` has the fields of `Operand` of q, k and v.
+
+    Raises as `check` does.
+    """
+    q, k, v = (Operand(*described[i : i + 4]) for i in (0, 4, 8))
+    check(q, k, v, softmax_scale)
     batch, seqlen_q, nheads, headdim = q.shape
     seqlen_k, nheads_k = k.shape[1], k.shape[2]
     gpu = capability(q.device)
@@ -173,22 +172,28 @@ def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def operand(name: str, x: Any) -> Operand:
-    if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name}={x!r} must be a torch.Tensor")
-    return Operand(x.shape, x.stride(), x.dtype, x.device, x.layout)
-
-
 def prepare(q: Any, k: Any, v: Any, causal: bool, softmax_scale: float | None) -> Route:
-    chosen = route(operand("q", q), operand("k", k), operand("v", v), causal, softmax_scale)
-    if torch.is_grad_enabled():
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.requires_grad:
-                raise NotImplementedError(
-                    f"{name}.requires_grad=True: attention has no backward pass; "
-                    "call it under torch.no_grad() or detach its inputs"
-                )
-    return chosen
+    """The route of a call. Raises as `check` does, and for inputs that require grad."""
+    if causal is not True and causal is not False:  # 1 would be taken for True by the cache
+        raise ValueError(f"{causal=} must be True or False")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name}={x!r} must be a torch.Tensor")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{name}.requires_grad=True: attention has no backward pass; "
+                "call it under torch.no_grad() or detach its inputs"
+            )
+    if q.layout != torch.strided or k.layout != torch.strided or v.layout != torch.strided:
+        raise NotImplementedError(
+            f"{q.layout=} {k.layout=} {v.layout=} is not supported; only torch.strided is"
+        )
+    return route(
+        causal, softmax_scale,
+        q.shape, q.stride(), q.dtype, q.device,
+        k.shape, k.stride(), k.dtype, k.device,
+        v.shape, v.stride(), v.dtype, v.device,
+    )  # fmt: skip
 
 
 def unaligned(x: torch.Tensor, alignment: int) -> bool:

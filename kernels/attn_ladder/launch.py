@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,8 +22,21 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import driver
 
+if not triton.__version__.startswith("3.6."):
+    raise ImportError(
+        f"triton {triton.__version__} has another Gluon and another launcher; triton 3.6 is needed"
+    )
+
 COUNTER_SLOTS = 16384
 COUNTER_INTS = 8  # 32 bytes a slot: the next tile, and how many CTAs are done
+
+
+class Layout(NamedTuple):
+    """What the descriptor of a tensor covers: the number of the tensor, its shape and strides."""
+
+    tensor: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 class Kernel:
@@ -43,22 +57,23 @@ class Kernel:
         self.compiled = triton.compile(
             source, target=driver.active.get_current_target(), options={"num_warps": num_warps}
         )
+        metadata = self.compiled.metadata
+        if metadata.global_scratch_size or metadata.profile_scratch_size:
+            raise ValueError(
+                f"{kernel.fn.__name__} needs scratch memory, which a launch does not pass"
+            )
         run = self.compiled.run  # loads the kernel on the current device
         wrapped = inspect.getclosurevars(run.launch).nonlocals
         self._launch = wrapped.get("launcher", run.launch)
         self._head = (self.compiled.function, run.launch_cooperative_grid, run.launch_pdl)
         self._middle = (None, None, self.compiled.packed_metadata, None, None, None)
-        self._maps = self.compiled.metadata.tensordesc_meta or []
-        self._encode = lru_cache(maxsize=1024)(self._encode_anew)
+        self._maps = metadata.tensordesc_meta or []
 
-    def tensor_map(self, position: int, tensor: torch.Tensor) -> tuple[Any, ...]:
-        """What the launch wants for the descriptor at `position`: the map, and its shape and
-        strides, which kernels that only copy with TMA do not read."""
-        return self._encode(position, tensor.data_ptr(), tensor.shape, tensor.stride())
-
-    def _encode_anew(
+    def tensor_map(
         self, position: int, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...]
     ) -> tuple[Any, ...]:
+        """What the launch wants for the descriptor at `position`: the encoded map, and its shape
+        and strides, which kernels that only copy with TMA do not read."""
         meta = self._maps[position]
         # where a dimension has one element its stride is arbitrary, but TMA wants 16 bytes
         steps = [
@@ -76,12 +91,30 @@ class Kernel:
         )
         return (encoded, *shape, *steps, 1)
 
+    def tensor_maps(self, *tensors: Layout) -> Callable[..., tuple[Any, ...]]:
+        """A function from the tensors' addresses to the launch arguments of their descriptors.
+
+        It remembers the last 64 results. A map encodes the address and what is fixed here: the
+        shape, the strides, and of this kernel the element type and the block.
+        """
+
+        @lru_cache(maxsize=64)
+        def encode(*pointers: int) -> tuple[Any, ...]:
+            maps = [
+                self.tensor_map(position, pointers[layout.tensor], layout.shape, layout.strides)
+                for position, layout in enumerate(tensors)
+            ]
+            return tuple(itertools.chain.from_iterable(maps))
+
+        return encode
+
     def launch(self, grid: int, stream: int, arguments: tuple[Any, ...]) -> None:
         """Launch `grid` CTAs. Pointers are integers; the device must be current."""
         self._launch(grid, 1, 1, stream, *self._head, *self._middle, *arguments)
 
 
 _counters: dict[int, tuple[torch.Tensor, dict[int, int], Any]] = {}
+_counters_lock = threading.Lock()
 
 
 def tile_counter(device: int, stream: int) -> int:
@@ -89,16 +122,25 @@ def tile_counter(device: int, stream: int) -> int:
 
     A kernel leaves them zeroed, so launches of one stream share a slot. A launch that is captured
     into a CUDA graph gets a slot of its own for good, since the graph may be replayed on any
-    stream; replays of one graph are ordered. 0, and so a static schedule, if the pool is used up or
-    would have to be allocated under capture.
+    stream; replays write the same outputs, so whoever replays orders them. 0, and so a static
+    schedule, if the pool is used up or would have to be allocated under capture.
     """
     capturing = torch.cuda.is_current_stream_capturing()
+    if not capturing and device in _counters:
+        pool, by_stream, _ = _counters[device]
+        if (slot := by_stream.get(stream)) is not None:
+            return pool.data_ptr() + slot * COUNTER_INTS * 4
+    with _counters_lock:
+        return new_counter(device, stream, capturing)
+
+
+def new_counter(device: int, stream: int, capturing: bool) -> int:
+    """A slot that no launch has used yet; the caller holds the lock."""
     if device not in _counters:
         if capturing:
             return 0
-        pool = torch.zeros(
-            (COUNTER_SLOTS, COUNTER_INTS), dtype=torch.int32, device=torch.device("cuda", device)
-        )
+        where = torch.device("cuda", device)
+        pool = torch.zeros((COUNTER_SLOTS, COUNTER_INTS), dtype=torch.int32, device=where)
         torch.cuda.current_stream(device).synchronize()  # once: any stream may use it from here on
         _counters[device] = (pool, {}, itertools.count())
     pool, by_stream, free = _counters[device]
@@ -108,5 +150,5 @@ def tile_counter(device: int, stream: int) -> int:
         if slot >= COUNTER_SLOTS:
             return 0
         if not capturing:
-            slot = by_stream.setdefault(stream, slot)
+            by_stream[stream] = slot
     return pool.data_ptr() + slot * COUNTER_INTS * 4

@@ -63,8 +63,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.BLOCK_N not in (64, 128):
             raise ValueError(f"BLOCK_N={self.BLOCK_N} must be 64 or 128")
-        if self.num_buffers < 1:
-            raise ValueError(f"num_buffers={self.num_buffers} must be at least 1")
+        if self.num_buffers < 2:
+            raise ValueError(f"num_buffers={self.num_buffers} must be at least 2")
         if self.num_registers not in (128, 240):
             raise ValueError(f"num_registers={self.num_registers} must be 128 or 240")
 

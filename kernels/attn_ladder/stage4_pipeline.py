@@ -30,6 +30,7 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere.async_copy import mbarrier_arrive
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -49,15 +50,22 @@ BLOCK_M = gl.constexpr(128)  # two consumers of 64 query rows
 
 @dataclass(frozen=True)
 class Config:
-    """Two consumers of 64 query rows × BLOCK_N keys; rings of `num_buffers` tiles of K and of V.
+    """Two consumers of 64 query rows × BLOCK_N keys; rings of `num_buffers` tiles of K and of V,
+    and of `num_q_buffers` tiles of Q.
 
-    `ping_pong` makes the consumers take turns. `l2_bytes` is what the keys and values of a group of
-    heads may take of the L2 cache.
+    `ping_pong` makes the consumers take turns. With `overlap` "own" a turn ends when the products
+    are issued and the softmax runs under the consumer's own; with "others" it ends when they are
+    complete and the softmax runs under those of the other one. `sums_in_threads` adds up the parts
+    of a row that threads have only at the end of a query tile. `l2_bytes` is what the keys and
+    values of a group of heads may take of the L2 cache.
     """
 
     BLOCK_N: int = 128
     num_buffers: int = 2
+    num_q_buffers: int = 1
     ping_pong: bool = True
+    overlap: str = "own"
+    sums_in_threads: bool = True
     l2_bytes: int = 32 << 20
 
     def __post_init__(self) -> None:
@@ -65,12 +73,19 @@ class Config:
             raise ValueError(f"BLOCK_N={self.BLOCK_N} must be 64 or 128")
         if self.num_buffers < 1:
             raise ValueError(f"num_buffers={self.num_buffers} must be at least 1")
+        if self.num_q_buffers < 1:
+            raise ValueError(f"num_q_buffers={self.num_q_buffers} must be at least 1")
+        if self.overlap not in ("own", "others") or (
+            self.overlap == "others" and not self.ping_pong
+        ):
+            raise ValueError(f"overlap={self.overlap!r} must be own, or others with ping_pong")
 
 
 CONFIGS = {
-    64: Config(num_buffers=3),
+    64: Config(num_buffers=3, num_q_buffers=2, overlap="others"),
     128: Config(num_buffers=2),
-    256: Config(BLOCK_N=64, num_buffers=1),  # what fits beside Q and the output
+    # what fits beside Q and the output; with sums in threads ptxas moves the softmax below the wait
+    256: Config(BLOCK_N=64, num_buffers=1, sums_in_threads=False),
 }
 
 
@@ -131,6 +146,7 @@ def producer_partition(tensors, buffers, scalars, CAUSAL: gl.constexpr, cfg: gl.
     qk_scale, heads_per_group = scalars
     BLOCK_N: gl.constexpr = cfg.BLOCK_N
     NUM_BUFFERS: gl.constexpr = cfg.num_buffers
+    Q_BUFFERS: gl.constexpr = cfg.num_q_buffers
     nheads = q_desc.shape[2]
     num_m = (q_desc.shape[1] + BLOCK_M - 1) // BLOCK_M
     num_heads = q_desc.shape[0] * nheads
@@ -143,7 +159,8 @@ def producer_partition(tensors, buffers, scalars, CAUSAL: gl.constexpr, cfg: gl.
         num_n, _ = key_tiles(tile_m, q_desc.shape[1], k_desc.shape[1], CAUSAL, BLOCK_N)
         for consumer in gl.static_range(2):
             coord = [batch, tile_m * BLOCK_M + consumer * 64, head, 0]
-            load(q_desc, coord, q_smem, q_ready_bar, q_empty_bar, consumer, i & 1)
+            slot = consumer * Q_BUFFERS + i % Q_BUFFERS
+            load(q_desc, coord, q_smem, q_ready_bar, q_empty_bar, slot, (i // Q_BUFFERS) & 1)
         for tile_n in range(num_n):
             slot = it % NUM_BUFFERS
             phase = (it // NUM_BUFFERS) & 1
@@ -190,12 +207,76 @@ def take_turn(OPERATION: gl.constexpr, CONSUMER: gl.constexpr, cfg: gl.constexpr
 
 
 @gluon.jit
-def issue_scores(q, k_smem, k_ready_bar, it, zeros, NUM_BUFFERS: gl.constexpr):
-    """Put Q·Kᵀ with the `it`th key tile in flight, once the tile has landed: [64, BLOCK_N]."""
-    slot = it % NUM_BUFFERS
-    mbarrier.wait(k_ready_bar.index(slot), (it // NUM_BUFFERS) & 1)
+def issue_scores(q, k_smem, slot, zeros):
+    """Put Q·Kᵀ with a key tile that has landed in flight: [64, BLOCK_N]."""
     k = k_smem.index(slot).reshape([zeros.shape[1], q.shape[1]])
     return warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def release(empty_bar, slot):
+    """Free a buffer: all 128 threads arrive. Gluon's own arrive costs a `bar.sync`; this one, meant
+    for asynchronous copies, does not, and arrives at once where none is outstanding."""
+    mbarrier_arrive(empty_bar.index(slot), increment_count=False)
+
+
+@gluon.jit
+def thread_sums(p):
+    """[64, BLOCK_N] to [64, 8]: sums within each thread, without a shuffle."""
+    return gl.sum(gl.reshape(p, [64, p.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def key_step(
+    q, p, acc, l_i, m_i, buffers, it, last_key, tile_n, num_whole, qk_scale,
+    CONSUMER: gl.constexpr, cfg: gl.constexpr,
+):  # fmt: skip
+    """Q·Kᵀ of key tile `tile_n` and P·V of the one before, which is the `it`th of this CTA; the
+    next softmax under P·V or after it.
+
+    p [64, BLOCK_N] of the tile before, acc [64, headdim], l_i [64, 8] or [64], m_i [64].
+    """
+    _, k_smem, v_smem, _, ready_bars, empty_bars = buffers
+    _, k_ready_bar, v_ready_bar = ready_bars
+    _, k_empty_bar, v_empty_bar = empty_bars
+    NUM_BUFFERS: gl.constexpr = cfg.num_buffers
+    BLOCK_N: gl.constexpr = cfg.BLOCK_N
+    S_LAYOUT: gl.constexpr = m_i.type.layout.parent
+    zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    slot = it % NUM_BUFFERS
+    phase = (it // NUM_BUFFERS) & 1
+    k_slot = (it + 1) % NUM_BUFFERS
+    mbarrier.wait(k_ready_bar.index(k_slot), ((it + 1) // NUM_BUFFERS) & 1)
+    take_turn("sync", CONSUMER, cfg)
+    scores = issue_scores(q, k_smem, k_slot, zeros)
+    mbarrier.wait(v_ready_bar.index(slot), phase)
+    v = v_smem.index(slot).reshape([BLOCK_N, acc.shape[1]])
+    acc = warpgroup_mma(p, v, acc, is_async=True)
+    if cfg.overlap == "own":
+        take_turn("arrive", 1 - CONSUMER, cfg)
+        scores, acc = warpgroup_mma_wait(1, deps=[scores, acc])
+        release(k_empty_bar, k_slot)
+    else:
+        scores, acc = warpgroup_mma_wait(0, deps=[scores, acc])
+        take_turn("arrive", 1 - CONSUMER, cfg)
+        release(k_empty_bar, k_slot)
+        release(v_empty_bar, slot)
+    scores = mask(scores, last_key, tile_n, num_whole)
+    p, m_i, alpha = softmax_step(scores, m_i, qk_scale)
+    if cfg.sums_in_threads:
+        alpha_parts = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
+        l_i = l_i * alpha_parts[:, None] + gl.convert_layout(thread_sums(p), l_i.type.layout)
+    else:
+        l_i = l_i * alpha + gl.sum(p, 1)
+    if cfg.overlap == "own":
+        # long complete: without the branch ptxas waits for the product before the softmax
+        mbarrier.wait(v_ready_bar.index(slot), phase)
+        acc, p, l_i = warpgroup_mma_wait(0, deps=[acc, p, l_i])
+        release(v_empty_bar, slot)
+    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))
+    acc = acc * alpha[:, None]  # [64, headdim]
+    p = gl.convert_layout(p.to(k_smem.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+    return p, acc, l_i, m_i
 
 
 @gluon.jit
@@ -214,6 +295,7 @@ def attend(
     HEADDIM: gl.constexpr = q_desc.block_type.shape[3]
     BLOCK_N: gl.constexpr = cfg.BLOCK_N
     NUM_BUFFERS: gl.constexpr = cfg.num_buffers
+    Q_BUFFERS: gl.constexpr = cfg.num_q_buffers
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADDIM, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -228,49 +310,38 @@ def attend(
         last_key = gl.minimum(last_key, offs_m + (seqlen_k - seqlen_q))
     num_n, num_whole = key_tiles(tile_m, seqlen_q, seqlen_k, CAUSAL, BLOCK_N)
 
-    q = q_smem.index(CONSUMER).reshape([64, HEADDIM])
+    q_slot = CONSUMER * Q_BUFFERS + i % Q_BUFFERS
+    q = q_smem.index(q_slot).reshape([64, HEADDIM])
     m_i = gl.full([64], -float("inf"), gl.float32, ROWS)
     acc = gl.zeros([64, HEADDIM], gl.float32, O_LAYOUT)
     zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
-    mbarrier.wait(q_ready_bar.index(CONSUMER), i & 1)
-    scores = issue_scores(q, k_smem, k_ready_bar, it, zeros, NUM_BUFFERS)
+    mbarrier.wait(q_ready_bar.index(q_slot), (i // Q_BUFFERS) & 1)
+    slot = it % NUM_BUFFERS
+    mbarrier.wait(k_ready_bar.index(slot), (it // NUM_BUFFERS) & 1)
+    scores = issue_scores(q, k_smem, slot, zeros)
     scores = warpgroup_mma_wait(0, deps=[scores])  # [64, BLOCK_N]
-    mbarrier.arrive(k_empty_bar.index(it % NUM_BUFFERS), count=1)
+    release(k_empty_bar, slot)
     scores = mask(scores, last_key, 0, num_whole)
     p, m_i, alpha = softmax_step(scores, m_i, qk_scale)
-    l_i = gl.sum(p, 1)
+    l_i = thread_sums(p) if cfg.sums_in_threads else gl.sum(p, 1)
     p = gl.convert_layout(p.to(q_desc.dtype), P_LAYOUT)
 
     for tile_n in range(1, num_n):
-        slot = it % NUM_BUFFERS
-        phase = (it // NUM_BUFFERS) & 1
+        p, acc, l_i, m_i = key_step(
+            q, p, acc, l_i, m_i, buffers, it, last_key, tile_n, num_whole, qk_scale, CONSUMER, cfg
+        )
         it += 1
-        take_turn("sync", CONSUMER, cfg)
-        scores = issue_scores(q, k_smem, k_ready_bar, it, zeros, NUM_BUFFERS)
-        mbarrier.wait(v_ready_bar.index(slot), phase)
-        v = v_smem.index(slot).reshape([BLOCK_N, HEADDIM])
-        acc = warpgroup_mma(p, v, acc, is_async=True)
-        take_turn("arrive", 1 - CONSUMER, cfg)
-        scores, acc = warpgroup_mma_wait(1, deps=[scores, acc])
-        mbarrier.arrive(k_empty_bar.index(it % NUM_BUFFERS), count=1)
-        scores = mask(scores, last_key, tile_n, num_whole)
-        p, m_i, alpha = softmax_step(scores, m_i, qk_scale)
-        l_i = l_i * alpha + gl.sum(p, 1)
-        # long complete: without the branch ptxas waits for the product before the softmax
-        mbarrier.wait(v_ready_bar.index(slot), phase)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_empty_bar.index(slot), count=1)
-        acc = acc * gl.convert_layout(alpha, OUT_ROWS)[:, None]  # [64, headdim]
-        p = gl.convert_layout(p.to(q_desc.dtype), P_LAYOUT)
 
-    mbarrier.arrive(q_empty_bar.index(CONSUMER), count=1)
+    release(q_empty_bar, q_slot)
     slot = it % NUM_BUFFERS
     mbarrier.wait(v_ready_bar.index(slot), (it // NUM_BUFFERS) & 1)
     v = v_smem.index(slot).reshape([BLOCK_N, HEADDIM])
     acc = warpgroup_mma(p, v, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(v_empty_bar.index(slot), count=1)
+    release(v_empty_bar, slot)
 
+    if cfg.sums_in_threads:
+        l_i = gl.convert_layout(gl.sum(l_i, 1), ROWS)
     empty = l_i == 0.0  # rows that see no key
     inverse = gl.where(empty, 0.0, 1.0 / l_i)
     lse = gl.where(empty, -float("inf"), (m_i + gl.log2(l_i)) * 0.6931471805599453)
@@ -322,24 +393,25 @@ def attention_kernel(
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    q_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 64, 1, HEADDIM], q_desc.layout)
+    Q_SLOTS: gl.constexpr = 2 * cfg.num_q_buffers
+    q_smem = gl.allocate_shared_memory(DTYPE, [Q_SLOTS, 1, 64, 1, HEADDIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(DTYPE, KV, k_desc.layout)
     v_smem = gl.allocate_shared_memory(DTYPE, KV, v_desc.layout)
     out_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 64, 1, HEADDIM], out_desc.layout)
-    q_ready_bar = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    q_empty_bar = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    q_ready_bar = gl.allocate_shared_memory(gl.int64, [Q_SLOTS, 1], BAR)
+    q_empty_bar = gl.allocate_shared_memory(gl.int64, [Q_SLOTS, 1], BAR)
     k_ready_bar = gl.allocate_shared_memory(gl.int64, [NUM_BUFFERS, 1], BAR)
     k_empty_bar = gl.allocate_shared_memory(gl.int64, [NUM_BUFFERS, 1], BAR)
     v_ready_bar = gl.allocate_shared_memory(gl.int64, [NUM_BUFFERS, 1], BAR)
     v_empty_bar = gl.allocate_shared_memory(gl.int64, [NUM_BUFFERS, 1], BAR)
-    for i in gl.static_range(2):
+    for i in gl.static_range(Q_SLOTS):
         mbarrier.init(q_ready_bar.index(i), count=1)
-        mbarrier.init(q_empty_bar.index(i), count=1)
+        mbarrier.init(q_empty_bar.index(i), count=128)  # every thread of a consumer
     for i in gl.static_range(NUM_BUFFERS):
         mbarrier.init(k_ready_bar.index(i), count=1)
-        mbarrier.init(k_empty_bar.index(i), count=2)  # both consumers
+        mbarrier.init(k_empty_bar.index(i), count=256)  # of both consumers
         mbarrier.init(v_ready_bar.index(i), count=1)
-        mbarrier.init(v_empty_bar.index(i), count=2)
+        mbarrier.init(v_empty_bar.index(i), count=256)
     tensors = (q_desc, k_desc, v_desc, out_desc, lse_ptr)
     ready_bars = (q_ready_bar, k_ready_bar, v_ready_bar)
     empty_bars = (q_empty_bar, k_empty_bar, v_empty_bar)

@@ -18,37 +18,46 @@ constraint `branching`: a block of the hot loop is two products, one exp2 a scor
   first by a counter, or in pairs of a long and a short one; heads are grouped so that their keys
   and values stay in L2.
 
-Expected: `tensor pipe active` at headdim 128, full, 8k from stage 4's level to 97 % (FA3: 87 %), no
-masked instruction outside the peeled blocks. What limits it: the tensor pipe (then power) at
-headdim 128, issue slots and MUFU together at headdim 64, 2.2 µs a tile outside the hot loop.
+Expected: `tensor pipe active` at headdim 128, full, 8k from stage 4's level to 97 %, no masked
+instruction outside the peeled blocks. What limits it: the tensor pipe (then power) at headdim 128,
+issue slots and MUFU together at headdim 64, and at short seqlen the work between two tiles.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere.async_copy import mbarrier_arrive
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from attn_ladder.launch import Kernel, tile_counter
+from attn_ladder.launch import Kernel, Layout, tile_counter
 from attn_ladder.problem import Problem
+from attn_ladder.rows import hide, hide_diagonal, redo_tile, store_tile
 from attn_ladder.stage import Stage
+from attn_ladder.tiles import TILE_LIST, Shape, listed_tile, num_tiles, tile_of
+from attn_ladder.warpgroup import (
+    barriers,
+    either,
+    exp2,
+    fill,
+    make_ring,
+    pin,
+    release,
+    row_layout,
+    thread_sums,
+)
 
 STAGE = Stage(title="Everything: lazy maximum, ping-pong, no masks", removes="branching")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 LOG2_E = math.log2(math.e)
-LN_2 = gl.constexpr(math.log(2))
-TILE_LIST = gl.constexpr(1024)  # entries of the list of tiles that a CTA got from the counter
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Config:
     l2_bytes: int = 32 << 20  # keys and values of the heads that are processed together
 
     def __post_init__(self) -> None:
-        square = self.consumers == 2 and self.BLOCK_N == 128
+        square = self.BLOCK_M == self.BLOCK_N
         for fits, name, needs in (
             (self.headdim in (64, 128), "headdim", "to be 64 or 128"),
             (self.consumers in (2, 3), "consumers", "to be 2 or 3"),
@@ -82,7 +91,7 @@ class Config:
             (self.overlap in ("own", "others"), "overlap", "to be own or others"),
             (self.ping_pong or self.overlap == "own", "overlap", "ping_pong to be others"),
             (square or not (self.ragged and self.causal), "ragged", "128 x 128 tiles if causal"),
-            (not self.half_diagonal or square and self.causal and not self.ragged,
+            (self.fixed_diagonal or not self.half_diagonal,
              "half_diagonal", "128 x 128 tiles, causal and not ragged"),
             (not (self.cross_tile and self.causal), "cross_tile", "causal=False"),
             (self.causal or self.schedule == "static", "schedule", "to be static if not causal"),
@@ -94,50 +103,33 @@ class Config:
     def BLOCK_M(self) -> int:
         return 64 * self.consumers
 
+    @property
+    def fixed_diagonal(self) -> bool:
+        """Whether the mask of the diagonal block is the same in every tile."""
+        return self.causal and not self.ragged and self.BLOCK_M == self.BLOCK_N
+
 
 def choose_config(headdim: int, causal: bool, seqlen_k: int, ragged: bool = False) -> Config:
-    """The best configuration measured; the numbers are ratios to FA3 on an H100, launches spaced,
-    16k tokens, hidden 2048, seqlen from 512 to 16k."""
-    three = dict(consumers=3, num_buffers=3, q_in_registers=False, overlap="others")
-    order = {"schedule": "dynamic"}  # longest first: 1 to 2 % from 4k on
-    if seqlen_k <= (2048 if headdim == 128 else 512) and not ragged:
-        order = {"schedule": "pairs"}  # 0.5 to 2 % better than the counter
+    """The fastest configuration of those measured; CONTRIBUTING says what each choice is worth."""
+    two = dict(num_buffers=3, num_q_buffers=2, overlap="others")
+    three = dict(two, consumers=3, q_in_registers=False)
     if headdim == 128 and not causal:
-        config = Config(128, False)  # 1.11, 1.12, 1.12, 1.11, 1.11, 1.14
-    elif headdim == 128:
-        config = Config(
-            128, True, half_diagonal=True, **order
-        )  # 1.22, 1.14, 1.07, 1.08, 1.08, 1.09
-    elif causal and seqlen_k > 4096 and not ragged:  # 1.17, 1.18: 192 rows use a key block
-        config = Config(64, True, num_q_buffers=2, **three, **order)
-    elif causal:  # 1.28, 1.32, 1.15, 1.15: groups of 16 MB beat 32 MB; overlap "own": 1.10, 1.07
-        two = dict(num_buffers=3, half_diagonal=not ragged, l2_bytes=16 << 20, overlap="others")
-        config = Config(64, True, **two, **order)
-    elif seqlen_k <= 1024 or ragged:
-        config = Config(64, False, num_buffers=3, cross_tile=True, overlap="others")  # 1.40, 1.37
-    else:  # 1.21, 1.20, 1.16, 1.17; softmax under the own product as well: 1.13, 1.12, 1.08, 1.08
-        config = Config(64, False, num_q_buffers=2, cross_tile=True, **three)
-    if ragged:  # one more mask: at headdim 128 no register is left for Q
-        config = replace(config, ragged=True, half_diagonal=False, q_in_registers=headdim == 64)
-    return config
-
-
-class Shape(NamedTuple):
-    """The problem as the kernel sees it."""
-
-    seqlen_q: int
-    seqlen_k: int
-    nheads: int
-    group: int  # query heads that share a key head
-    num_m: int  # tiles of a head
-    num_heads: int  # batch * nheads
-    heads_together: int
-
-
-@gluon.constexpr_function
-def row_layout(columns):
-    """Layout of a product of one warpgroup, [64, columns] in fp32: a thread has parts of 2 rows."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+        return Config(128, False, ragged, q_in_registers=not ragged)
+    if headdim == 128 and (ragged or seqlen_k > 2048):
+        whole = dict(half_diagonal=not ragged, schedule="dynamic")
+        return Config(128, True, ragged, q_in_registers=False, **whole)
+    if headdim == 128:
+        pairs = dict(half_diagonal=True, schedule="pairs", l2_bytes=16 << 20)
+        return Config(128, True, num_q_buffers=2, q_in_registers=False, **pairs)
+    if causal and seqlen_k > 4096 and not ragged:  # 192 rows use a key block
+        return Config(64, True, schedule="dynamic", **three)
+    if causal:
+        l2_bytes = (8 if seqlen_k <= 512 else 16) << 20
+        whole = dict(half_diagonal=not ragged, schedule="dynamic", l2_bytes=l2_bytes)
+        return Config(64, True, ragged, **whole, **two)
+    if seqlen_k <= 1024 or ragged:
+        return Config(64, False, ragged, q_in_registers=ragged, cross_tile=True, **two)
+    return Config(64, False, cross_tile=True, **three)
 
 
 @gluon.constexpr_function
@@ -162,107 +154,6 @@ def take_turn(OPERATION: gl.constexpr, INDEX: gl.constexpr, cfg: gl.constexpr):
 
 
 @gluon.jit
-def unary(INSTRUCTION: gl.constexpr, x):
-    return gl.inline_asm_elementwise(INSTRUCTION, "=f,f", [x], gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def exp2(x):
-    return unary("ex2.approx.ftz.f32 $0, $1;", x)
-
-
-@gluon.jit
-def pin(l_i):
-    """Keep the softmax above the wait that follows. ptxas would hoist the wait, but not across an
-    edge of the control flow, here an exit that is never taken (sums are not negative)."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred q; setp.lt.f32 q, $4, 0f00000000; @q exit;"
-        " mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; }",
-        "=f,=f,=f,=f,f,f,f,f", [l_i], dtype=gl.float32, is_pure=False, pack=4,
-    )  # fmt: skip
-
-
-@gluon.jit
-def thread_sums(x):
-    """[64, columns] to [64, 8]: sums within each thread, without a shuffle."""
-    return gl.sum(gl.reshape(x, [64, x.shape[1] // 8, 8]), 1)
-
-
-@gluon.jit
-def either(a, b):
-    return a | b
-
-
-@gluon.jit
-def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUMBER):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
-
-
-@gluon.jit
-def make_ring(desc, DEPTH: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Buffers for tiles of a descriptor, their *_ready_bar, and *_empty_bar with ARRIVALS."""
-    SHAPE: gl.constexpr = desc.block_type.shape
-    smem = gl.allocate_shared_memory(
-        desc.dtype, [DEPTH, SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3]], desc.layout
-    )
-    return smem, barriers(DEPTH, 1), barriers(DEPTH, ARRIVALS)
-
-
-@gluon.jit
-def fill(desc, coord, ring, slot, phase):
-    """Load a tile into a slot of a ring once it is free."""
-    smem, ready_bar, empty_bar = ring
-    mbarrier.wait(empty_bar.index(slot), phase ^ 1)
-    mbarrier.expect(ready_bar.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, coord, ready_bar.index(slot), smem.index(slot))
-
-
-@gluon.jit
-def release(ring, slot):
-    """Free a slot: all 128 threads arrive. Gluon's own arrive costs a `bar.sync`; this one, meant
-    for asynchronous copies, does not, and arrives at once where none is outstanding."""
-    mbarrier_arrive(ring[2].index(slot), increment_count=False)
-
-
-@gluon.jit
-def num_tiles(shape, cfg: gl.constexpr):
-    """How many tiles this CTA takes; with the counter, how many there are."""
-    tiles = shape.num_heads * shape.num_m
-    if cfg.schedule == "dynamic":
-        return tiles
-    if cfg.schedule == "pairs":
-        return 2 * gl.cdiv(tiles // 2 - gl.program_id(0), gl.num_programs(0))
-    return gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))
-
-
-@gluon.jit
-def tile_of(i, shape, cfg: gl.constexpr):
-    """Tile i as (block of query rows, batch * nheads + head)."""
-    if cfg.schedule == "pairs":
-        pair = gl.program_id(0) + gl.num_programs(0) * (i // 2)
-        head = pair // (shape.num_m // 2)
-        m = pair - head * (shape.num_m // 2)
-        if i % 2 == 0:
-            m = shape.num_m - 1 - m
-    else:
-        if cfg.schedule == "static":
-            i = gl.program_id(0) + gl.num_programs(0) * i
-        if cfg.causal:  # groups of heads, in each the longest tile first
-            first = i // (shape.num_m * shape.heads_together) * shape.heads_together
-            size = max(1, min(shape.heads_together, shape.num_heads - first))
-            rest = i - first * shape.num_m
-            head = first + rest % size
-            m = shape.num_m - 1 - rest // size
-        else:
-            head = i // shape.num_m
-            m = i - head * shape.num_m
-    return m, head
-
-
-@gluon.jit
 def key_blocks(m, shape, cfg: gl.constexpr):
     """(number of key blocks of a tile, at least one; first key of the lowest one).
 
@@ -282,8 +173,9 @@ def key_blocks(m, shape, cfg: gl.constexpr):
 
 
 @gluon.jit
-def load_partition(descs, rings, tiles, counter_ptr, shape, cfg: gl.constexpr):
+def load_partition(given, cfg: gl.constexpr):
     """One warp: Q once a tile, K and V a block at a time, into the rings as slots come free."""
+    descs, rings, tiles, counter_ptr, shape = given
     q_desc, k_desc, v_desc = descs
     q_ring, k_ring, v_ring = rings
     tiles_smem, tile_ready_bar = tiles
@@ -335,14 +227,6 @@ def load_partition(descs, rings, tiles, counter_ptr, shape, cfg: gl.constexpr):
 
 
 @gluon.jit
-def listed_tile(i, tiles_smem, cfg: gl.constexpr):
-    """The i-th tile of this CTA, as `tile_of` takes it."""
-    if cfg.schedule == "dynamic":
-        return gl.max(tiles_smem.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    return i
-
-
-@gluon.jit
 def first_scores(
     q_regs, q_ring, k_ring, it, ti, there, WG: gl.constexpr, N: gl.constexpr, cfg: gl.constexpr
 ):
@@ -365,22 +249,6 @@ def first_scores(
     k = k_ring[0].index(k_slot).reshape([cfg.BLOCK_N, HEADDIM]).slice(0, N, dim=0)
     zero = gl.zeros([64, N], gl.float32, layout)
     return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True), q_regs
-
-
-@gluon.jit
-def hide(s, row, column, shape, cfg: gl.constexpr):
-    """Scores that do not count become -inf; the first one of s is at (row, column)."""
-    layout: gl.constexpr = s.type.layout
-    offs_n = column + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))
-    if cfg.causal:
-        offs_m = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
-        last = offs_m + shape.seqlen_k - shape.seqlen_q
-        s = gl.where(last[:, None] >= offs_n[None, :], s, -float("inf"))
-        if cfg.ragged:
-            s = gl.where((offs_n >= 0)[None, :], s, -float("inf"))
-    else:
-        s = gl.where((offs_n < shape.seqlen_k)[None, :], s, -float("inf"))
-    return s
 
 
 @gluon.jit
@@ -431,95 +299,9 @@ def key_step(
 
 
 @gluon.jit
-def store_tile(
-    acc, l_i, m_i, m, head, WG: gl.constexpr, o_desc, o_smem, lse_ptr, shape, cfg: gl.constexpr
-):
-    """Write 64 rows: acc [64, headdim]; l_i, m_i [64] (scaled to base 2) in the layout of its rows.
-
-    A row that saw no key (l_i = 0, m_i = -inf) gives 0 and -inf.
-    """
-    row = m * cfg.BLOCK_M + WG * 64
-    b = head // shape.nheads
-    offs_m = row + gl.arange(0, 64, l_i.type.layout)
-    lse = (m_i + unary("lg2.approx.ftz.f32 $0, $1;", l_i)) * LN_2
-    lse_row_ptr = lse_ptr + head.to(gl.int64) * shape.seqlen_q
-    gl.store(lse_row_ptr + offs_m, lse, mask=offs_m < shape.seqlen_q)
-    acc = acc * gl.where(l_i == 0.0, 0.0, 1.0 / l_i)[:, None]
-    tma.store_wait(0)
-    o_smem.reshape([64, cfg.headdim]).store(acc.to(o_smem.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(o_desc, [b, row, head - b * shape.nheads, 0], o_smem)
-
-
-@gluon.jit
-def redo_tile(
-    m, head, loads, redo_descs, o_desc, q_smem, o_smem, ready_bar, lse_ptr, shape, qk_scale,
-    WG: gl.constexpr, cfg: gl.constexpr,
-):  # fmt: skip
-    """Rare: 64 rows once more with the online softmax, 64 keys at a time through one buffer.
-
-    Q stays in shared memory: as a register operand it was overwritten at headdim 64.
-    """
-    q_desc, k_desc, v_desc = redo_descs
-    HEADDIM: gl.constexpr = cfg.headdim
-    s_layout: gl.constexpr = row_layout(64)
-    o_layout: gl.constexpr = row_layout(HEADDIM)
-    rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    row = m * cfg.BLOCK_M + WG * 64
-    b = head // shape.nheads
-    h = head - b * shape.nheads
-    q = q_smem.reshape([64, HEADDIM])
-    kv = o_smem.reshape([64, HEADDIM])
-    tma.store_wait(0)
-    gl.thread_barrier()
-    mbarrier.expect(ready_bar, q_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(q_desc, [b, row, h, 0], ready_bar, q_smem)
-    mbarrier.wait(ready_bar, loads & 1)
-    loads += 1
-    m_i = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    l_i = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
-    acc = gl.zeros([64, HEADDIM], gl.float32, o_layout)
-    keys = shape.seqlen_k
-    if cfg.causal:
-        keys += min(0, row + 64 - shape.seqlen_q)
-    for j in range((keys + 63) // 64):
-        coord = [b, j * 64, h // shape.group, 0]
-        gl.thread_barrier()
-        mbarrier.expect(ready_bar, k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, coord, ready_bar, o_smem)
-        mbarrier.wait(ready_bar, loads & 1)
-        zero = gl.zeros([64, 64], gl.float32, s_layout)
-        s = warpgroup_mma(q, kv.permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        gl.thread_barrier()
-        mbarrier.expect(ready_bar, v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_desc, coord, ready_bar, o_smem)
-        s = hide(s, row, j * 64, shape, cfg)
-        m_new = gl.maximum(m_i, gl.max(s, 1))
-        m_safe = gl.where(m_new == -float("inf"), 0.0, m_new)
-        p = exp2((s - m_safe[:, None]) * qk_scale)
-        alpha = exp2((m_i - m_safe) * qk_scale)
-        l_i = l_i * alpha + gl.sum(p, 1)
-        acc = acc * gl.convert_layout(alpha, rows)[:, None]
-        m_i = m_new
-        mbarrier.wait(ready_bar, (loads + 1) & 1)
-        loads += 2
-        p = gl.convert_layout(p.to(o_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
-        acc = warpgroup_mma(p, kv, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-    gl.thread_barrier()
-    m_i = gl.convert_layout(m_i, rows) * qk_scale
-    l_i = gl.convert_layout(l_i, rows)
-    store_tile(acc, l_i, m_i, m, head, WG, o_desc, o_smem, lse_ptr, shape, cfg)
-    return loads
-
-
-@gluon.jit
-def softmax_partition(
-    redo_descs, o_desc, rings, o_buffers, tiles, lse_ptr, shape, qk_scale, WG: gl.constexpr,
-    cfg: gl.constexpr,
-):  # fmt: skip
+def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup: 64 rows of every tile of this CTA."""
+    redo_descs, o_desc, rings, o_buffers, tiles, lse_ptr, shape, qk_scale = given
     q_ring, k_ring, v_ring = rings
     o_smem, redo_ready_bar = o_buffers
     tiles_smem, tile_ready_bar = tiles
@@ -572,7 +354,9 @@ def softmax_partition(
         q = q_ring[0].index(q_slot).reshape([64, HEADDIM])
         if cfg.q_in_registers:
             q = q_regs
-        if cfg.causal or cfg.ragged:
+        if cfg.fixed_diagonal:
+            s = hide_diagonal(s, WG)
+        elif cfg.causal or cfg.ragged:
             s = hide(s, row, lowest + (n - 1) * N, shape, cfg)
         m_first = gl.max(s, 1) * qk_scale  # the reference of the whole tile
         m_i = gl.convert_layout(m_first, gl.SliceLayout(1, s_layout))
@@ -667,45 +451,18 @@ def attention_kernel(
     tiles_smem = gl.allocate_shared_memory(
         gl.int32, [LIST, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    load = (q_desc, k_desc, v_desc)
-    redo = (q_desc, k_redo_desc, v_redo_desc)
     rings = (q_ring, k_ring, v_ring)
     out = (o_smem, barriers(CONSUMERS, 1))
     tiles = (tiles_smem, barriers(8, 1))
+    redo_descs = (q_desc, k_redo_desc, v_redo_desc)
+    load = ((q_desc, k_desc, v_desc), rings, tiles, counter_ptr, shape)
+    softmax = (redo_descs, o_desc, rings, out, tiles, lse_ptr, shape, qk_scale)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (
-                    softmax_partition,
-                    (
-                        redo,
-                        o_desc,
-                        rings,
-                        out,
-                        tiles,
-                        lse_ptr,
-                        shape,
-                        qk_scale,
-                        gl.constexpr(0),
-                        cfg,
-                    ),
-                ),
-                (
-                    softmax_partition,
-                    (
-                        redo,
-                        o_desc,
-                        rings,
-                        out,
-                        tiles,
-                        lse_ptr,
-                        shape,
-                        qk_scale,
-                        gl.constexpr(1),
-                        cfg,
-                    ),
-                ),
-                (load_partition, (load, rings, tiles, counter_ptr, shape, cfg)),
+                (softmax_partition, (softmax, gl.constexpr(0), cfg)),
+                (softmax_partition, (softmax, gl.constexpr(1), cfg)),
+                (load_partition, (load, cfg)),
             ],
             [4, 1],
             [240, 24],
@@ -713,52 +470,10 @@ def attention_kernel(
     else:
         gl.warp_specialize(
             [
-                (
-                    softmax_partition,
-                    (
-                        redo,
-                        o_desc,
-                        rings,
-                        out,
-                        tiles,
-                        lse_ptr,
-                        shape,
-                        qk_scale,
-                        gl.constexpr(0),
-                        cfg,
-                    ),
-                ),
-                (
-                    softmax_partition,
-                    (
-                        redo,
-                        o_desc,
-                        rings,
-                        out,
-                        tiles,
-                        lse_ptr,
-                        shape,
-                        qk_scale,
-                        gl.constexpr(1),
-                        cfg,
-                    ),
-                ),
-                (
-                    softmax_partition,
-                    (
-                        redo,
-                        o_desc,
-                        rings,
-                        out,
-                        tiles,
-                        lse_ptr,
-                        shape,
-                        qk_scale,
-                        gl.constexpr(2),
-                        cfg,
-                    ),
-                ),
-                (load_partition, (load, rings, tiles, counter_ptr, shape, cfg)),
+                (softmax_partition, (softmax, gl.constexpr(0), cfg)),
+                (softmax_partition, (softmax, gl.constexpr(1), cfg)),
+                (softmax_partition, (softmax, gl.constexpr(2), cfg)),
+                (load_partition, (load, cfg)),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -806,7 +521,7 @@ def schedule(
     num_heads = batch * nheads
     tiles = num_m * num_heads
     if cfg.schedule == "pairs" and num_m % 2:
-        cfg = replace(cfg, schedule="dynamic")
+        cfg = replace(cfg, schedule="dynamic", num_q_buffers=1)  # its list takes the room
     if cfg.schedule == "dynamic" and tiles > num_sms * (TILE_LIST.value - 1):
         cfg = replace(cfg, schedule="static")
     group = nheads // nheads_k
@@ -823,10 +538,22 @@ def compiled(cfg: Config, dtype: torch.dtype, device: int) -> Kernel:
 
 
 @lru_cache(maxsize=512)
-def plan(config, q_size, k_size, causal: bool, dtype: torch.dtype, device: int):
+def plan(
+    config: Config | None, dtype: torch.dtype, device: int, causal: bool, q_size: tuple[int, ...],
+    k_size: tuple[int, ...], q_strides: tuple[int, ...], k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+) -> tuple[Kernel, Callable[..., tuple], bool, Shape, int]:  # fmt: skip
+    """What calls that differ in addresses only share: the kernel, its tensor maps as a function of
+    the addresses of q, k, v and out, whether it counts tiles, its shape and its number of CTAs."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     cfg, shape, grid = schedule(config, q_size, k_size, causal, num_sms)
-    return compiled(cfg, dtype, device), cfg.schedule == "dynamic", shape, grid
+    o_strides = (math.prod(q_size[1:]), q_size[2] * q_size[3], q_size[3], 1)
+    k, v = Layout(1, k_size, k_strides), Layout(2, k_size, v_strides)
+    kernel = compiled(cfg, dtype, device)
+    maps = kernel.tensor_maps(
+        Layout(0, q_size, q_strides), k, v, Layout(3, q_size, o_strides), k, v
+    )
+    return kernel, maps, cfg.schedule == "dynamic", shape, grid
 
 
 def forward(
@@ -849,14 +576,16 @@ def forward(
         with torch.cuda.device(device):
             return forward(q, k, v, softmax_scale=softmax_scale, causal=causal, config=config)
     batch, seqlen_q, nheads, headdim = q.shape
-    kernel, dynamic, shape, grid = plan(config, q.shape, k.shape, causal, q.dtype, device)
+    kernel, maps, dynamic, shape, grid = plan(
+        config, q.dtype, device, causal, q.shape, k.shape, q.stride(), k.stride(), v.stride()
+    )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=q.device)
-    maps = [x for i, t in enumerate((q, k, v, out, k, v)) for x in kernel.tensor_map(i, t)]
+    descs = maps(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
     stream = torch._C._cuda_getCurrentRawStream(device)
     counter = tile_counter(device, stream) if dynamic else 0
     qk_scale = LOG2_E * (headdim**-0.5 if softmax_scale is None else softmax_scale)
-    kernel.launch(grid, stream, (*maps, lse.data_ptr(), counter, shape, qk_scale, None))
+    kernel.launch(grid, stream, (*descs, lse.data_ptr(), counter, shape, qk_scale, None))
     return out, lse
 
 

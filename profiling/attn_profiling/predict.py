@@ -125,14 +125,15 @@ def tiles(subject: str, problem: Problem) -> Tiles:
     if subject == "stage3":
         return Tiles(128 if wide else 64, 550 if wide else 308, "free", "snake", ctas)
     if subject == "stage4":
-        return Tiles(128, 572 if wide else 528, "own", "snake")
-    order = "strided"
-    if causal:
-        order = "pairs" if seqlen <= (2048 if wide else 512) else "counter"
+        return Tiles(128, 572 if wide else 528, "own" if wide else "others", "snake")
+    order = "counter" if causal else "strided"
+    if wide and causal and seqlen <= 2048:
+        return Tiles(128, 310, "own", "pairs", half_diagonal=True, l2_bytes=16 << 20)
     if wide:
         return Tiles(128, 310, "own", order, half_diagonal=causal)
     if causal and seqlen <= 4096:
-        return Tiles(128, 294, "others", order, half_diagonal=True, l2_bytes=16 << 20)
+        l2_bytes = (8 if seqlen <= 512 else 16) << 20
+        return Tiles(128, 294, "others", order, half_diagonal=True, l2_bytes=l2_bytes)
     return Tiles(128, 296, "others", order, warpgroups=2 if seqlen <= 1024 else 3)
 
 
