@@ -167,3 +167,39 @@ def test_a_graph_that_failed_in_one_process_has_no_latency():
     merged = host.merge([{"samples": {"a": sample(1.0)}}, {"samples": {"a": failed}}])
     assert merged["a"]["graph_latency_us"] is None and merged["a"]["graph_note"] == "no capture"
     assert SimpleNamespace(**merged["a"]).eager_host_us == [[1.0], [1.0]]
+
+
+def test_the_top_stage_is_called_as_users_call_it(monkeypatch):
+    import attn_ladder
+
+    monkeypatch.setattr(attn_ladder, "attention", lambda q, k, v, causal: ("public", causal))
+    module = SimpleNamespace(__name__="attn_ladder.stage5_everything", forward=None)
+    assert host.entry_of(module)(1, 2, 3, causal=True) == ("public", True)
+    other = SimpleNamespace(__name__="attn_ladder.stage4_pipeline", forward="own")
+    assert host.entry_of(other) == "own"
+
+
+def test_a_backend_is_selected_around_the_calls_not_in_them():
+    import torch
+
+    from attn_ladder.peers import _sdpa, cudnn
+
+    q = torch.randn(1, 8, 2, 16)
+    backend = _sdpa.SDPBackend.MATH
+    forward, entered = _sdpa.forward_with(backend), []
+
+    def context(only):
+        entered.append(only)
+        return real(only)
+
+    real = _sdpa.sdpa_kernel
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sdpa, "sdpa_kernel", context)
+        outside, _ = forward(q, q, q)
+        assert entered == [backend]
+        with _sdpa.selected(backend)():
+            inside, _ = forward(q, q, q)
+        assert entered == [backend, backend] and torch.equal(inside, outside)
+    with cudnn.session():
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        assert not torch.backends.cuda.flash_sdp_enabled()

@@ -1,5 +1,8 @@
 """What a call costs the host, and how long one call takes from start to finish.
 
+The top stage is called as its users call it, through `attn_ladder.attention`; a peer whose backend
+is selected by a context (`session` of its module) is called inside that context.
+
 Per subject and process: host time of unsynchronised calls, on the same inputs and on inputs at
 fresh addresses; latency of a call followed by a synchronisation; latency of the same call replayed
 from a CUDA graph. None of these is GPU time: `timing` measures that.
@@ -12,6 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +74,20 @@ class HostCost:
     and the cache state of the latencies: what a latency holds beyond it is not GPU time.
     """
 
-    def __init__(self, machine: Machine, call: Callable[[int], Any], count: int) -> None:
-        self._machine, self._call = machine, call
+    def __init__(
+        self,
+        machine: Machine,
+        call: Callable[[int], Any],
+        count: int,
+        session: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._machine, self._call, self._session = machine, call, session
+        with session():
+            self._warm(count)
+
+    def _warm(self, count: int) -> None:
+        """Find how many calls fit the budget, and capture one."""
+        machine, call = self._machine, self._call
         warm = clocked(lambda i: call(i % 2), WARM_CALLS, machine.synchronize)
         self.count = min(count, max(FEWEST_CALLS, int(BUDGET_US / statistics.median(warm))))
         self.samples: dict[str, Any] = {kind: [] for kind in KINDS}
@@ -89,6 +105,10 @@ class HostCost:
 
     def take(self, first: int, count: int) -> None:
         """`count` samples of each kind, at inputs from number `first` on."""
+        with self._session():
+            self._take(first, count)
+
+    def _take(self, first: int, count: int) -> None:
         machine, call, replay = self._machine, self._call, self._replay
         gc.collect()
         gc.disable()
@@ -128,6 +148,18 @@ def portions(count: int) -> list[tuple[int, int]]:
     return [(a, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
 
 
+def entry_of(module: Any) -> Callable[..., Any]:
+    """What a user calls: a subject's `forward`, or the public function that runs the top stage."""
+    forward: Callable[..., Any] = module.forward
+    if module.__name__ == "attn_ladder.stage5_everything":
+        from attn_ladder import attention
+
+        def forward(q: Any, k: Any, v: Any, *, causal: bool, config: None = None) -> Any:
+            return attention(q, k, v, causal=causal)
+
+    return forward
+
+
 def work(subjects: list[str]) -> None:
     """The worker: all problems of a suite, all their subjects, in random order."""
     reporter = Reporter()
@@ -153,8 +185,9 @@ def work(subjects: list[str]) -> None:
             for name in names:
                 original = name.split("#")[0]
                 config = entry["chosen"].get(original)
-                call = bound(modules[original].forward, rotation, problem.causal, config)
-                costs[name] = HostCost(machine, call, count)
+                call = bound(entry_of(modules[original]), rotation, problem.causal, config)
+                session = getattr(modules[original], "session", nullcontext)
+                costs[name] = HostCost(machine, call, count, session)
             rounds = [
                 (name, *portion)
                 for i in range(PORTIONS)

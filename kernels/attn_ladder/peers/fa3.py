@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -16,6 +18,13 @@ from attn_ladder.problem import Problem
 from attn_ladder.stage import Peer
 
 PEER = Peer(title="FlashAttention-3", distribution="fa3-fwd")
+
+
+@cache
+def flash_attn_func() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """FA3's function, looked up once."""
+    module = os.environ.get("ATTN_LADDER_FA3_MODULE", "fa3_fwd_interface")
+    return importlib.import_module(module).flash_attn_func
 
 
 def forward(
@@ -28,8 +37,7 @@ def forward(
     config: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FA3's `flash_attn_func`; `config` may set `num_splits` and `pack_gqa`. Returns (out, lse)."""
-    fa3 = importlib.import_module(os.environ.get("ATTN_LADDER_FA3_MODULE", "fa3_fwd_interface"))
-    out, lse = fa3.flash_attn_func(
+    out, lse = flash_attn_func()(
         q,
         k,
         v,
