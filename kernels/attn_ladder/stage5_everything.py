@@ -542,18 +542,21 @@ def plan(
     config: Config | None, dtype: torch.dtype, device: int, causal: bool, q_size: tuple[int, ...],
     k_size: tuple[int, ...], q_strides: tuple[int, ...], k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
-) -> tuple[Kernel, Callable[..., tuple], bool, Shape, int]:  # fmt: skip
+) -> tuple[Kernel, Callable[..., tuple], bool, Shape, int, torch.Tensor]:  # fmt: skip
     """What calls that differ in addresses only share: the kernel, its tensor maps as a function of
-    the addresses of q, k, v and out, whether it counts tiles, its shape and its number of CTAs."""
+    the addresses of q, k, v and out, whether it counts tiles, its shape, its number of CTAs, and a
+    single number seen as an LSE: `empty_like` takes a quarter of the time of `empty`."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     cfg, shape, grid = schedule(config, q_size, k_size, causal, num_sms)
     o_strides = (math.prod(q_size[1:]), q_size[2] * q_size[3], q_size[3], 1)
     k, v = Layout(1, k_size, k_strides), Layout(2, k_size, v_strides)
-    kernel = compiled(cfg, dtype, device)
+    kernel = compiled(replace(cfg, l2_bytes=0), dtype, device)  # the kernel does not know it
     maps = kernel.tensor_maps(
         Layout(0, q_size, q_strides), k, v, Layout(3, q_size, o_strides), k, v
     )
-    return kernel, maps, cfg.schedule == "dynamic", shape, grid
+    one = torch.empty((), dtype=torch.float32, device=torch.device("cuda", device))
+    lse = one.expand(q_size[0], q_size[2], q_size[1])
+    return kernel, maps, cfg.schedule == "dynamic", shape, grid, lse
 
 
 def forward(
@@ -575,16 +578,15 @@ def forward(
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return forward(q, k, v, softmax_scale=softmax_scale, causal=causal, config=config)
-    batch, seqlen_q, nheads, headdim = q.shape
-    kernel, maps, dynamic, shape, grid = plan(
+    kernel, maps, dynamic, shape, grid, lse = plan(
         config, q.dtype, device, causal, q.shape, k.shape, q.stride(), k.stride(), v.stride()
     )
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty_like(lse, memory_format=torch.contiguous_format)
     descs = maps(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
     stream = torch._C._cuda_getCurrentRawStream(device)
     counter = tile_counter(device, stream) if dynamic else 0
-    qk_scale = LOG2_E * (headdim**-0.5 if softmax_scale is None else softmax_scale)
+    qk_scale = LOG2_E * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
     kernel.launch(grid, stream, (*descs, lse.data_ptr(), counter, shape, qk_scale, None))
     return out, lse
 
