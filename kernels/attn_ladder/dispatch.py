@@ -93,18 +93,24 @@ def check(q: Operand, k: Operand, v: Operand, softmax_scale: float | None) -> No
         raise NotImplementedError(f"{headdim=} is not supported; at most {MAX_HEADDIM} is")
     if batch * nheads * (seqlen_q // 64 + 1) >= 2**31 or max(seqlen_q, seqlen_k) >= 2**30:
         raise NotImplementedError(f"{batch=} {nheads=} {seqlen_q=} {seqlen_k=} is too large")
-    if softmax_scale is not None:
-        if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, float | int):
-            raise ValueError(f"{softmax_scale=} must be a number or None")
-        if not math.isfinite(softmax_scale):
-            raise ValueError(f"{softmax_scale=} must be finite")
-        if softmax_scale <= 0:
-            raise NotImplementedError(f"{softmax_scale=} is not supported; it must be positive")
-        if not LEAST_SCALE <= softmax_scale <= 1 / LEAST_SCALE:
-            raise ValueError(
-                f"{softmax_scale=} must be between {LEAST_SCALE:g} and {1 / LEAST_SCALE:g}: the"
-                " kernels multiply by it in fp32"
-            )
+    check_scale(softmax_scale)
+
+
+def check_scale(softmax_scale: Any) -> None:
+    """Raise `ValueError` or `NotImplementedError` for a scale that the kernels cannot use."""
+    if softmax_scale is None:
+        return
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, float | int):
+        raise ValueError(f"{softmax_scale=} must be a number or None")
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"{softmax_scale=} must be finite")
+    if softmax_scale <= 0:
+        raise NotImplementedError(f"{softmax_scale=} is not supported; it must be positive")
+    if not LEAST_SCALE <= softmax_scale <= 1 / LEAST_SCALE:
+        raise ValueError(
+            f"{softmax_scale=} must be between {LEAST_SCALE:g} and {1 / LEAST_SCALE:g}: the"
+            " kernels multiply by it in fp32"
+        )
 
 
 def must_copy(x: Operand, tma: bool) -> str | None:

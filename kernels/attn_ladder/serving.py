@@ -26,10 +26,9 @@ from attn_ladder.dispatch import (
     Route,
     attention,
     capability,
+    check_scale,
     must_copy,
-    operand,
 )
-from attn_ladder.dispatch import check as check_scale_and_shapes
 
 HEADDIMS = (64, 128)
 PAGE_SIZES = (16, 64, 256)
@@ -121,11 +120,16 @@ _register(
 )
 
 
+def _tensor(name: str, x: Any) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name}={x!r} must be a torch.Tensor")
+
+
 def check_tensors(q: Any, others: dict[str, Any], dims: int) -> None:
     """Types, dimensions, dtypes, devices and gradients of q and what goes with it."""
     tensors = {"q": q, **others}
     for name, x in tensors.items():
-        operand(name, x)
+        _tensor(name, x)
         if x.layout != torch.strided:
             raise NotImplementedError(f"{name}.layout={x.layout} is not supported; only strided is")
         if x.dim() != dims:
@@ -166,13 +170,13 @@ def _check_heads(q: torch.Tensor, name: str, x: torch.Tensor) -> None:
 
 
 def _check_options(causal: Any, softmax_scale: Any) -> None:
-    one = Operand(torch.Size((1, 1, 1, 64)), (64, 64, 64, 1), torch.float16,
-                  torch.device("cpu"), torch.strided)  # fmt: skip
-    check_scale_and_shapes(one, one, one, causal, softmax_scale)
+    if not isinstance(causal, bool):
+        raise ValueError(f"{causal=} must be True or False")
+    check_scale(softmax_scale)
 
 
 def _integers(name: str, x: Any, shape: tuple[int | None, ...], device: torch.device) -> None:
-    operand(name, x)
+    _tensor(name, x)
     wanted = ", ".join("any" if size is None else str(size) for size in shape)
     if x.dim() != len(shape) or any(
         size not in (None, have) for size, have in zip(shape, x.shape, strict=True)
@@ -419,8 +423,8 @@ def _route(q, longest, nheads_k, copied, run) -> Route:
     copies = {}
     for name, x in copied.items():
         reason = None if x is None else must_copy(
-            Operand(torch.Size((1, 1, *x.shape[-2:])), (0, 0, *x.stride()[-2:]), x.dtype, x.device,
-                    x.layout), False)  # fmt: skip
+            Operand(torch.Size((1, 1, *x.shape[-2:])), (0, 0, *x.stride()[-2:]), x.dtype, x.device),
+            False)  # fmt: skip
         if reason:
             copies[name] = reason
     return Route("decode", WHY, config, copies, run, 1)
