@@ -33,8 +33,7 @@ def compile_case(sm: int, headdim: int, seqlen_q: int, append: bool, page: int, 
     kernel = decode.split_kernel
     names = kernel.arg_names
     values = {
-        "NUM_SPLITS": config.max_splits, "MAX_SPLITS": config.max_splits,
-        "MIN_SPLIT": config.min_split, "GROUP": GROUP, "MODE": decode.CACHE, "CAUSAL": True,
+        "SPLIT": True, "GROUP": GROUP, "MODE": decode.CACHE, "CAUSAL": True,
         "INDEXED": False, "APPEND": append, "PAGE_SIZE": page, "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N, "HEADDIM": headdim,
     }  # fmt: skip

@@ -157,9 +157,9 @@ def sequence(
 
 
 @triton.jit
-def split_length(length, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
+def split_length(length, max_splits, min_split, BLOCK_N: tl.constexpr):
     """Keys of a split of a sequence of `length` keys."""
-    return tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(length, MAX_SPLITS), BLOCK_N) * BLOCK_N)
+    return tl.maximum(min_split, tl.cdiv(tl.cdiv(length, max_splits), BLOCK_N) * BLOCK_N)
 
 
 @triton.jit
@@ -261,22 +261,27 @@ def append_block(
     return bad
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "max_seqlen_q", "seqlen_new", "capacity", "num_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "seqlen_q", "max_seqlen_q", "seqlen_new", "capacity", "num_rows", "num_splits",
+        "max_splits", "min_split",
+    ]
+)  # fmt: skip
 def split_kernel(
     q_ptr, k_ptr, v_ptr, k_new_ptr, v_new_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     bounds_ptr, index_ptr, table_ptr, error_ptr,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn,
     stride_vh, stride_k_new_b, stride_k_new_n, stride_k_new_h, stride_v_new_b, stride_v_new_n,
     stride_v_new_h, stride_ob, stride_om, stride_oh, stride_lb, stride_lh, stride_tb,
-    seqlen_q, max_seqlen_q, seqlen_new, capacity, num_rows, nheads_k, qk_scale,
-    NUM_SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
-    GROUP: tl.constexpr, MODE: tl.constexpr, CAUSAL: tl.constexpr, INDEXED: tl.constexpr,
-    APPEND: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEADDIM: tl.constexpr,
+    seqlen_q, max_seqlen_q, seqlen_new, capacity, num_rows, num_splits, max_splits, min_split,
+    nheads_k, qk_scale,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr, CAUSAL: tl.constexpr,
+    INDEXED: tl.constexpr, APPEND: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr,
 ):  # fmt: skip
     head_k = tl.program_id(0) % nheads_k  # heads first: neighbours in memory are read together
-    split = tl.program_id(0) // nheads_k % NUM_SPLITS
-    batch = tl.program_id(0) // nheads_k // NUM_SPLITS
+    split = tl.program_id(0) // nheads_k % num_splits
+    batch = tl.program_id(0) // nheads_k // num_splits
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest causal tile first
     first_q, num_q, row, first_k, stored, length, position, error = sequence(
         batch, bounds_ptr, index_ptr, seqlen_q, max_seqlen_q, seqlen_new, capacity, num_rows,
@@ -284,7 +289,7 @@ def split_kernel(
     )  # fmt: skip
     if error != 0:
         tl.atomic_or(error_ptr, error)
-    keys = split_length(length, MAX_SPLITS, MIN_SPLIT, BLOCK_N)
+    keys = split_length(length, max_splits, min_split, BLOCK_N)
     start = split * keys
     if (start >= length) & (split > 0):
         return
@@ -355,7 +360,7 @@ def split_kernel(
     poison = tl.where(error != 0, float("nan"), 0.0)
     acc = acc / tl.where(empty, 1.0, l_i)[:, None] + poison
     lse = tl.where(empty, float("-inf"), m_i + tl.log2(tl.where(empty, 1.0, l_i))) + poison
-    if NUM_SPLITS == 1:
+    if not SPLIT:
         if MODE != 2:
             out_ptr += batch.to(tl.int64) * stride_ob
             lse_ptr += batch.to(tl.int64) * stride_lb
@@ -370,19 +375,23 @@ def split_kernel(
             lse * 0.6931471805599453,
             mask=inside,
         )
-    else:  # partial results: (batch, NUM_SPLITS, seqlen_q, nheads, HEADDIM), fp32
-        slab = (batch.to(tl.int64) * NUM_SPLITS + split) * seqlen_q
+    else:  # partial results: (batch, num_splits, seqlen_q, nheads, HEADDIM), fp32
+        slab = (batch.to(tl.int64) * num_splits + split) * seqlen_q
         rows = (slab + token) * (nheads_k * GROUP) + head
         tl.store(partial_lse_ptr + rows, lse, mask=inside)
         tl.store(partial_ptr + rows[:, None] * HEADDIM + offs_d[None, :], acc, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_new", "capacity", "num_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "seqlen_q", "seqlen_new", "capacity", "num_rows", "num_slabs", "max_splits", "min_split",
+        "nheads",
+    ]
+)  # fmt: skip
 def combine_kernel(
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, bounds_ptr, index_ptr,
     stride_ob, stride_om, stride_oh, stride_lb, stride_lh,
-    seqlen_q, seqlen_new, capacity, num_rows, nheads,
-    NUM_SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    seqlen_q, seqlen_new, capacity, num_rows, num_slabs, max_splits, min_split, nheads,
     MODE: tl.constexpr, CAUSAL: tl.constexpr, INDEXED: tl.constexpr, BLOCK_N: tl.constexpr,
     HEADDIM: tl.constexpr, PADDED_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -394,9 +403,9 @@ def combine_kernel(
         batch, bounds_ptr, index_ptr, seqlen_q, seqlen_q, seqlen_new, capacity, num_rows,
         MODE, CAUSAL, INDEXED,
     )  # fmt: skip
-    keys = split_length(length, MAX_SPLITS, MIN_SPLIT, BLOCK_N)
+    keys = split_length(length, max_splits, min_split, BLOCK_N)
     num_splits = tl.maximum(1, tl.cdiv(length, keys))
-    first = (batch.to(tl.int64) * NUM_SPLITS * seqlen_q + token) * nheads + head
+    first = (batch.to(tl.int64) * num_slabs * seqlen_q + token) * nheads + head
     step = (seqlen_q * nheads).to(tl.int64)
     offs_s = tl.arange(0, PADDED_SPLITS)
     every = tl.load(
@@ -515,8 +524,8 @@ def launch(
     new_k, new_v = (k, v) if k_new is None or v_new is None else (k_new, v_new)
     bound_args = (bounds, bounds if index is None else index)
     out_strides = (*strides(out), 0 if ragged else lse.stride(0), lse.stride(-2))
+    splitting = (config.max_splits, config.min_split)
     policy = {
-        "NUM_SPLITS": num_splits, "MAX_SPLITS": config.max_splits, "MIN_SPLIT": config.min_split,
         "MODE": mode, "CAUSAL": causal, "INDEXED": index is not None and not ragged,
         "BLOCK_N": config.BLOCK_N, "HEADDIM": headdim,
     }  # fmt: skip
@@ -526,15 +535,16 @@ def launch(
         bounds if block_table is None else block_table, error_flag(q.device),
         *strides(q), *strides(k), *strides(v), *strides(new_k), *strides(new_v), *out_strides,
         0 if block_table is None else block_table.stride(0),
-        seqlen_q, longest, seqlen_new, capacity, num_rows, nheads_k, scale * LOG2_E,
-        GROUP=group, APPEND=k_new is not None, PAGE_SIZE=page_size, BLOCK_M=config.BLOCK_M,
-        num_warps=config.num_warps, num_stages=config.num_stages, **policy,
+        seqlen_q, longest, seqlen_new, capacity, num_rows, num_splits, *splitting, nheads_k,
+        scale * LOG2_E, SPLIT=num_splits > 1, GROUP=group, APPEND=k_new is not None,
+        PAGE_SIZE=page_size, BLOCK_M=config.BLOCK_M, num_warps=config.num_warps,
+        num_stages=config.num_stages, **policy,
     )  # fmt: skip
     if num_splits > 1:
         combine_kernel[(batch * seqlen_q * nheads,)](
             out, lse, partial, partial_lse, *bound_args, *out_strides,
-            seqlen_q, seqlen_new, capacity, num_rows, nheads,
-            PADDED_SPLITS=max(CHUNK, triton.next_power_of_2(num_splits)), CHUNK=CHUNK,
+            seqlen_q, seqlen_new, capacity, num_rows, num_splits, *splitting, nheads,
+            PADDED_SPLITS=max(CHUNK, triton.next_power_of_2(config.max_splits)), CHUNK=CHUNK,
             num_warps=4, **policy,
         )  # fmt: skip
     return out, lse
