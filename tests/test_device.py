@@ -1,5 +1,6 @@
 """What is found on a machine, with NVML answering whatever the test wants."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from fake_gpu import FakeNvmlError, fake_gpu, fake_nvml
 
-from attn_profiling import device
+from attn_profiling import device, environment
 
 
 def test_the_recorded_device_is_known():
@@ -150,6 +151,24 @@ def test_which_build_of_a_peer_is_installed(monkeypatch, tmp_path):
     assert plain["wheel_sha256"] is None and plain["compiler"] is None
     assert plain["record_sha256"] != found["record_sha256"]
     assert device.distribution_identity("no-such-package")["version"] is None
+
+
+def test_the_wheel_of_an_index_is_known_from_the_locks(monkeypatch, tmp_path):
+    install(tmp_path, "plainpeer", b"nothing")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(device.sys, "prefix", str(tmp_path))
+    noted = tmp_path / environment.WHEELS
+    noted.write_text(json.dumps({"plainpeer": ["1.1", "b" * 64]}))
+    assert device.distribution_identity("plainpeer")["wheel_sha256"] is None
+    noted.write_text(json.dumps({"plainpeer": ["1.2", "b" * 64]}))
+    assert device.distribution_identity("plainpeer")["wheel_sha256"] == "b" * 64
+
+
+def test_python_and_what_the_locks_name_ride_along():
+    found = device.packages()
+    assert found["python"].split(".")[0] == "3"
+    assert {"numpy", "nvidia-ml-py", "ncu-report", "snakemake"} <= found.keys()
+    assert not [name for name, version in found.items() if not version]
 
 
 def test_another_build_of_fa3_is_not_taken_for_the_wheel(monkeypatch, tmp_path):

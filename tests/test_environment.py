@@ -1,5 +1,6 @@
 """Setting up: what is missing is said, with its remedy, before anything is installed."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,27 @@ def test_a_second_time_installs_nothing(pip, tmp_path):
     assert not environment.install(folder, "cpu")
     assert not environment.install(folder, "base")
     assert len(pip) == 2
+
+
+def test_the_hashes_of_wheels_are_kept(pip, tmp_path, monkeypatch):
+    folder = tmp_path / "venv"
+
+    def installing(version, **more):
+        def report(folder, *words):
+            if "--report" in words:
+                item = {"metadata": {"name": "peer", "version": version}, "download_info": more}
+                Path(words[words.index("--report") + 1]).write_text(json.dumps({"install": [item]}))
+
+        monkeypatch.setattr(environment, "_pip", report)
+
+    installing("1", archive_info={"hashes": {"sha256": "a" * 64}})
+    environment.install(folder, "base")
+    kept = folder / environment.WHEELS
+    assert json.loads(kept.read_text()) == {"peer": ["1", "a" * 64]}
+    assert not (folder / "pip-report.json").exists()
+    installing("2", dir_info={})
+    environment.install(folder, "cpu")
+    assert json.loads(kept.read_text()) == {"peer": ["1", "a" * 64]}
 
 
 def test_another_lock_or_a_changed_one_installs(pip, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from attn_profiling import promote, record
+from attn_profiling import promote, record, tidy
 from attn_profiling.promote import NotPromoted
 
 CONFIG = {
@@ -69,6 +69,23 @@ def test_a_complete_run_replaces_what_was_recorded(run, recorded):
         packed = recorded / (entry["file"] + ".xz")
         assert lzma.decompress(packed.read_bytes()) == (run / entry["file"]).read_bytes()
     assert [p.name for p in recorded.parent.iterdir()] == ["h100-sxm-80gb"]
+
+
+def test_a_run_of_fewer_suites_is_promoted_without_what_it_does_not_name(run, recorded):
+    """What the last invocation asked for is the run; files of a wider one before it stay behind."""
+    narrow = json.loads(json.dumps(CONFIG))
+    narrow["suites"] |= {"time": {"spaced": ["smoke"], "sustained": []}, "profile": []}
+    (run / "config.json").write_text(json.dumps(narrow))
+    (run / "host" / "smoke.json").write_text("broken")
+    refused(run, recorded, "host/smoke.json: not valid JSON")
+    narrow["suites"]["host"] = []
+    (run / "config.json").write_text(json.dumps(narrow))
+    promote.promote(run, recorded)
+    held = ["check/smoke.json", "config.json", "device.json", "timing/smoke.spaced.json"]
+    assert tree(recorded) == held
+    tables = tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
+    assert tables.provenance["suites"] == [("check", "smoke"), ("device", ""), ("timing", "smoke")]
+    assert tables.provenance["stale"] == [] and tables.speedups
 
 
 def test_the_place_follows_from_the_device(run, tmp_path, monkeypatch):

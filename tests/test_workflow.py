@@ -3,13 +3,17 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from attn_profiling import workflow
 from attn_profiling.config import raw_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,8 +47,8 @@ def recorded(checkout):
     return checkout
 
 
-def snakemake(folder, *words, path=None, **variables):
-    """Run Snakemake in a folder without a GPU; returns the process with stderr in stdout."""
+def start(folder, *words, path=None, **variables):
+    """Start Snakemake in a folder without a GPU, in a process group of its own."""
     environment = {
         **os.environ,
         "PYTHONPATH": f"{folder}/kernels:{folder}/profiling",
@@ -54,14 +58,22 @@ def snakemake(folder, *words, path=None, **variables):
     }
     environment.pop("ATTN_LADDER_RUN", None)
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--nocolor", *words]
-    return subprocess.run(
+    return subprocess.Popen(
         command,
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
+
+
+def snakemake(folder, *words, path=None, **variables):
+    """Run Snakemake like that; returns the ended process with stderr in stdout."""
+    process = start(folder, *words, path=path, **variables)
+    out, _ = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out)
 
 
 def executable(path: Path, text: str) -> None:
@@ -172,6 +184,57 @@ def test_replay_on_a_machine_with_a_gpu(recorded, tmp_path):
 def test_verify_needs_a_run(recorded):
     run = snakemake(recorded, "-n", "verify")
     assert "run=None must name the folder of runs/" in run.stdout
+
+
+def test_a_run_is_of_one_board(checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    begun = Path("runs/one/device.json")
+    begun.parent.mkdir(parents=True)
+    begun.write_text(json.dumps({"provenance": {"gpu_uuid": "GPU-1"}}))
+    monkeypatch.setattr(workflow.environment, "has_gpu", lambda: True)
+    config = {**DEFAULT, "tier": "measure", "run": "one"}
+
+    def prepared(uuid):
+        monkeypatch.setattr(workflow.device, "open_gpu", lambda: SimpleNamespace(uuid=uuid))
+        return workflow.prepare(config, checkout, {"measure"})
+
+    assert prepared("GPU-1").raw == Path("runs/one")
+    with pytest.raises(ValueError, match="run 'one' was begun on the GPU GPU-1, and this is GPU-2"):
+        prepared("GPU-2")
+
+
+STEP = """
+
+rule step:
+    output:
+        "made",
+    shell:
+        "echo half > {output}; if [ -e killed ]; then echo whole > {output}; else sleep 60; fi"
+"""
+
+
+def test_a_killed_run_goes_on(recorded):
+    """Neither Snakemake's lock nor what was half written stands in the way of the next one."""
+    with (recorded / "Snakefile").open("a") as handle:
+        handle.write(STEP)
+    killed = start(recorded, "made")
+    for _ in range(300):
+        if (recorded / "made").exists():
+            break
+        time.sleep(0.1)
+    assert list((recorded / ".snakemake" / "locks").iterdir())
+    second = snakemake(recorded, "made")
+    assert second.returncode != 0 and killed.poll() is None
+    assert "another invocation is at work in this folder" in second.stdout
+    assert (recorded / "made").read_text() == "half\n"
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    (recorded / "killed").touch()
+    run = snakemake(recorded, "made")
+    assert run.returncode == 0, run.stdout
+    assert "an earlier invocation was killed: going on from what it finished" in run.stdout
+    assert (recorded / "made").read_text() == "whole\n"
+    assert "an earlier invocation" not in snakemake(recorded, "made").stdout
 
 
 FAKE_DOCKER = """

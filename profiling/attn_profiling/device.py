@@ -9,10 +9,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_ladder.stage import kernel_hash, subject
+from attn_profiling import environment
 
 NVIDIA_H100 = "NVIDIA H100 Tensor Core GPU Architecture whitepaper (2022), table 2"
 NVIDIA_A100 = "NVIDIA A100 Tensor Core GPU Architecture whitepaper (2020)"
@@ -371,6 +375,14 @@ def _compiler(binaries: Iterable[Path]) -> str | None:
     return None
 
 
+def _locked_wheel(distribution: str, version: str) -> str | None:
+    """Hash of a wheel that `attn_profiling.environment` installed from the locks."""
+    noted = Path(sys.prefix) / environment.WHEELS
+    wheels = json.loads(noted.read_text()) if noted.is_file() else {}
+    known, sha256 = wheels.get(distribution, (None, None))
+    return sha256 if known == version else None
+
+
 def distribution_identity(distribution: str, own_binaries: bool = True) -> dict[str, Any]:
     """Which build of a package is installed: version, hash of its wheel where pip kept it, hash of
     its list of files, hashes of its shared objects, and the CUDA compiler they name."""
@@ -387,6 +399,8 @@ def distribution_identity(distribution: str, own_binaries: bool = True) -> dict[
     if direct:
         match = re.search(r'"sha256[=":\s]+([0-9a-f]{64})', direct)
         identity["wheel_sha256"] = match.group(1) if match else None
+    else:
+        identity["wheel_sha256"] = _locked_wheel(distribution, found.version)
     record = found.read_text("RECORD")
     if record:
         # pip's own files differ between two installations of one wheel
@@ -439,27 +453,22 @@ def subject_identity(name: str, fa3_module: str = FA3_MODULE) -> dict[str, Any]:
     return {**entry, **distribution_identity(found.distribution, own_binaries=small)}
 
 
-_PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "fa3-fwd",
+_PEERS_BRING = (
     "flash-attn-4",
-    "nvidia-cudnn-cu13",
-    "nvidia-cublas",
-    "nvidia-cuda-cupti",
     "nvidia-cutlass-dsl",
-    "nvidia-ml-py",
-    "nvtx",
-    "ncu-report",
+    "quack-kernels",
+    "apache-tvm-ffi",
     "attn-ladder",
 )
+"""Packages that no lock names."""
 
 
 def packages() -> dict[str, str]:
-    """Versions of the packages that take part in a measurement."""
-    found = {name: _version(name) for name in _PACKAGES}
-    return {name: version for name, version in found.items() if version is not None}
+    """Versions of Python, of what the lock of measuring names as far as it is here, and of what
+    optional peers bring."""
+    found = {name: _version(name) for name in (*environment.pins("cuda"), *_PEERS_BRING)}
+    here = {name: version for name, version in sorted(found.items()) if version is not None}
+    return {"python": platform.python_version(), **here}
 
 
 def commit(root: Path) -> tuple[str, bool]:

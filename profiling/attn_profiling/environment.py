@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -118,6 +119,31 @@ def lock_files(lock: str) -> list[Path]:
     return [ROOT / "requirements" / f"{name}.txt" for name in LOCKS[lock]]
 
 
+def pins(lock: str) -> dict[str, str]:
+    """{package: version} of what `lock` installs."""
+    lines = [line for path in lock_files(lock) for line in path.read_text().splitlines()]
+    return dict(line.split()[0].split("==") for line in lines if line and line[0] not in " #")
+
+
+WHEELS = "wheels.json"
+"""In an environment's folder: {package: [version, sha256 of its wheel]}. pip itself keeps the hash
+only of what was not taken from an index."""
+
+
+def _note_wheels(folder: Path, report: Path) -> None:
+    """Keep the hashes of a report of pip, and those of what it did not have to install."""
+    if not report.is_file():
+        return
+    kept = folder / WHEELS
+    wheels = json.loads(kept.read_text()) if kept.is_file() else {}
+    for item in json.loads(report.read_text())["install"]:
+        sha256 = item["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
+        if sha256:
+            wheels[item["metadata"]["name"]] = [item["metadata"]["version"], sha256]
+    kept.write_text(json.dumps(wheels, indent=1, sort_keys=True) + "\n")
+    report.unlink()
+
+
 def stamp(folder: Path, lock: str) -> Path:
     """The file that says that `folder` holds `lock`; its name changes with what the lock says."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {ROOT}".encode())
@@ -167,7 +193,9 @@ def install(folder: Path, lock: str) -> bool:
         old.unlink()
     print(f"installing requirements/{lock}.txt into {folder}", file=sys.stderr, flush=True)
     requirements = [argument for path in lock_files(lock) for argument in ("-r", str(path))]
-    _pip(folder, "--require-hashes", *requirements)
+    report = folder / "pip-report.json"
+    _pip(folder, "--require-hashes", "--report", str(report), *requirements)
+    _note_wheels(folder, report)
     _pip(folder, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     for held in {lock, "base"}:
         stamp(folder, held).touch()

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,14 @@ def promote(
         for name in ("config.json", *records):
             _copy(run_dir / name, temporary / name)
             tell(name)
-        for record in records.values():
-            for entry in record.get("reports", ()):
-                packed = temporary / f"{entry['file']}.xz"
+        reports = [e["file"] for record in records.values() for e in record.get("reports", ())]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            packing = threads.map(lambda name: pack((run_dir / name).read_bytes()), reports)
+            for name, data in zip(reports, packing, strict=True):
+                packed = temporary / f"{name}.xz"
                 packed.parent.mkdir(parents=True, exist_ok=True)
-                packed.write_bytes(pack((run_dir / entry["file"]).read_bytes()))
-                tell(entry["file"])
+                packed.write_bytes(data)
+                tell(name)
         sizes = {p: p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
         total = sum(sizes.values())
         if total > limit_bytes:

@@ -5,6 +5,7 @@ Is the configuration valid, which tier is it, which files are there, what preced
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -55,6 +56,7 @@ class Plan:
     problems: dict[str, tuple[Problem, ...]]
     commit: str
     dirty: bool
+    alone: bool = False
 
     @property
     def raw_files(self) -> list[str]:
@@ -125,6 +127,50 @@ def _run_id(config: Config) -> str:
     return os.environ.setdefault("ATTN_LADDER_RUN", time.strftime("%Y%m%d-%H%M%S"))
 
 
+_HELD: list[int] = []
+
+
+def alone() -> bool:
+    """Whether no other invocation is at work in this folder; what a killed one left is cleared.
+
+    A killed Snakemake leaves its locks, and the next one would refuse to start. Ours die with the
+    process: where ours is free, theirs are stale.
+    """
+    folder = Path(".snakemake")
+    folder.mkdir(exist_ok=True)
+    held = os.open(folder / "attn-ladder.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        print("another invocation is at work in this folder", file=sys.stderr)
+        return False  # Snakemake's own locks stand between the two
+    _HELD.append(held)
+    stale = sorted((folder / "locks").glob("*.lock"))
+    for path in stale:
+        path.unlink(missing_ok=True)
+    if stale:
+        print("an earlier invocation was killed: going on from what it finished", file=sys.stderr)
+    return True
+
+
+def _check_board(plan: Plan) -> None:
+    """One run is of one board: another of the same model would only be found when promoting."""
+    begun = plan.raw / "device.json"
+    if plan.tier != "measure" or not begun.is_file():
+        return
+    try:
+        here = device.open_gpu().uuid
+    except device.NoGpu:
+        return
+    there = json.loads(begun.read_text())["provenance"]["gpu_uuid"]
+    if here != there:
+        raise ConfigError(
+            f"run {plan.run!r} was begun on the GPU {there}, and this is {here}; a run is of one"
+            " GPU: go on with it there, or begin another (--config run=ID)"
+        )
+
+
 def _check_recorded(plan: Plan) -> None:
     if not plan.raw.is_dir():
         there = sorted(path.parent.name for path in Path("measurements").glob("*/device.json"))
@@ -183,6 +229,7 @@ def prepare(
         problems=dict(selection.problems),
         commit=head,
         dirty=dirty,
+        alone=main and not remote and alone(),
     )
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     if not main:
@@ -195,6 +242,7 @@ def prepare(
         )
     if tier == "replay" and not set(targets) & {"container", "verify"}:
         _check_recorded(plan)
+    _check_board(plan)
     if unmeasured:
         print(
             f"not in the recorded run, so not rendered: {', '.join(unmeasured)}",
