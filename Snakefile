@@ -22,10 +22,6 @@ try:
 except ValueError as error:
     raise WorkflowError(str(error)) from None
 
-# What a killed invocation was writing is made again, without --rerun-incomplete.
-if PLAN.alone and workflow.dag_settings:
-    workflow.dag_settings.force_incomplete = True
-
 
 onstart:
     PLAN.start()

@@ -1,5 +1,6 @@
 """The workflow as a user meets it: what it says first, what it refuses, what it lists."""
 
+import base64
 import json
 import os
 import shutil
@@ -207,7 +208,7 @@ STEP = """
 
 rule step:
     output:
-        "made",
+        "results/made",
     shell:
         "echo half > {output}; if [ -e killed ]; then echo whole > {output}; else sleep 60; fi"
 """
@@ -217,24 +218,41 @@ def test_a_killed_run_goes_on(recorded):
     """Neither Snakemake's lock nor what was half written stands in the way of the next one."""
     with (recorded / "Snakefile").open("a") as handle:
         handle.write(STEP)
-    killed = start(recorded, "made")
+    made = recorded / "results" / "made"
+    killed = start(recorded, "results/made")
     for _ in range(300):
-        if (recorded / "made").exists():
+        if made.exists():
             break
         time.sleep(0.1)
-    assert list((recorded / ".snakemake" / "locks").iterdir())
-    second = snakemake(recorded, "made")
+    second = snakemake(recorded, "results/made")
     assert second.returncode != 0 and killed.poll() is None
     assert "another invocation is at work in this folder" in second.stdout
-    assert (recorded / "made").read_text() == "half\n"
+    assert made.read_text() == "half\n"
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
+    assert list((recorded / ".snakemake" / "locks").iterdir())
     (recorded / "killed").touch()
-    run = snakemake(recorded, "made")
+    run = snakemake(recorded, "results/made")
     assert run.returncode == 0, run.stdout
     assert "an earlier invocation was killed: going on from what it finished" in run.stdout
-    assert (recorded / "made").read_text() == "whole\n"
-    assert "an earlier invocation" not in snakemake(recorded, "made").stdout
+    assert made.read_text() == "whole\n"
+    assert "an earlier invocation" not in snakemake(recorded, "results/made").stdout
+
+
+def test_a_raw_file_that_was_being_written_is_whole_and_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    marks = tmp_path / ".snakemake" / "incomplete"
+    for name in ("runs/one/timing/gate.spaced.json", "results/metrics.csv"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+        mark = marks.joinpath(base64.urlsafe_b64encode(name.encode()).decode())
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    workflow.clear_killed()
+    assert (tmp_path / "runs/one/timing/gate.spaced.json").exists()
+    assert not (tmp_path / "results/metrics.csv").exists()
+    assert list(marks.iterdir()) == []
 
 
 FAKE_DOCKER = """

@@ -5,6 +5,7 @@ Is the configuration valid, which tier is it, which files are there, what preced
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import os
@@ -56,7 +57,6 @@ class Plan:
     problems: dict[str, tuple[Problem, ...]]
     commit: str
     dirty: bool
-    alone: bool = False
 
     @property
     def raw_files(self) -> list[str]:
@@ -128,15 +128,16 @@ def _run_id(config: Config) -> str:
 
 
 _HELD: list[int] = []
+_DERIVED = ("results/", "paper/generated/")
 
 
-def alone() -> bool:
-    """Whether no other invocation is at work in this folder; what a killed one left is cleared.
+def clear_killed(folder: Path = Path(".snakemake")) -> None:
+    """Clear what a killed invocation left in Snakemake's folder, so that this one goes on.
 
-    A killed Snakemake leaves its locks, and the next one would refuse to start. Ours die with the
-    process: where ours is free, theirs are stale.
+    Its locks and its marks of unfinished files would stop every later one. Ours dies with the
+    process: where it is free, theirs are stale. Derived files that were being written go; raw
+    files are written whole or not at all, so they stay.
     """
-    folder = Path(".snakemake")
     folder.mkdir(exist_ok=True)
     held = os.open(folder / "attn-ladder.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -144,14 +145,19 @@ def alone() -> bool:
     except OSError:
         os.close(held)
         print("another invocation is at work in this folder", file=sys.stderr)
-        return False  # Snakemake's own locks stand between the two
+        return
     _HELD.append(held)
-    stale = sorted((folder / "locks").glob("*.lock"))
-    for path in stale:
+    locks = sorted((folder / "locks").glob("*.lock"))
+    marks = sorted(path for path in (folder / "incomplete").rglob("*") if path.is_file())
+    for mark in marks:
+        parts = mark.relative_to(folder / "incomplete").parts
+        name = base64.urlsafe_b64decode("".join(part.lstrip("@") for part in parts)).decode()
+        if name.startswith(_DERIVED):
+            Path(name).unlink(missing_ok=True)
+    for path in [*marks, *locks]:
         path.unlink(missing_ok=True)
-    if stale:
+    if locks:
         print("an earlier invocation was killed: going on from what it finished", file=sys.stderr)
-    return True
 
 
 def _check_board(plan: Plan) -> None:
@@ -229,12 +235,13 @@ def prepare(
         problems=dict(selection.problems),
         commit=head,
         dirty=dirty,
-        alone=main and not remote and alone(),
     )
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     if not main:
         return plan
     print(plan.banner(), file=sys.stderr, flush=True)
+    if not remote:  # the jobs of a killed invocation may still run elsewhere
+        clear_killed()
     if "verify" in targets and not Path("runs", str(config["run"]), "device.json").is_file():
         raise ConfigError(
             f"config: run={config['run']!r} must name the folder of runs/ to compare with the"
