@@ -6,12 +6,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from attn_ladder import stage5_everything
-from attn_ladder.offline import inner_loops, report
-from attn_ladder.stage import kernel_hash, subjects
-from attn_ladder.variants import fast_exp, no_persistent, no_ping_pong
+from attn_ladder.offline import inner_loops, instructions, report, reports
+from attn_ladder.stage import kernel_hash, load, subjects
+from attn_ladder.variants import _dosed, fast_exp, no_persistent, no_ping_pong
 from attn_ladder.variants._copied import copied
+from attn_profiling.tidy import zero_doses
 
 GATE = (None, (16, 2048, 16, 64), (16, 2048, 16, 64), True, 132)
 
@@ -94,3 +96,65 @@ def test_variants_are_subjects_whose_hash_follows_the_stage() -> None:
     assert all(subjects()[name].kind == "variant" for name in names)
     assert all(subjects()[name].of == "stage5" for name in names)
     assert len({kernel_hash(name) for name in (*names, "stage5")}) == 4
+
+
+# -- controls
+
+DOSED = "attn_ladder.variants._dosed:offline"
+
+
+def planted(reports, what) -> list[int]:
+    return [sum(bool(re.match(what, name)) for name, _ in instructions(r.sass)) for r in reports]
+
+
+def test_a_dose_of_barriers_and_of_loads_is_in_the_machine_code() -> None:
+    doses = {name: [subjects()[n].dose for n in subjects() if n.startswith(f"control_{name}.")]
+             for name in ("sync", "memory")}  # fmt: skip
+    assert all(found == sorted(found) and found[0] == 0 for found in doses.values())
+    for name, what in (("sync", "BAR.SYNC"), ("memory", "LDG.E.STRONG.SYS")):
+        none, *dosed = reports(DOSED, [{name: dose} for dose in doses[name]])
+        (least,) = planted([none], what)
+        assert [n - least for n in planted(dosed, what)] == doses[name][1:]
+
+
+def test_a_dose_of_divergence_is_a_loop_that_lanes_leave_at_different_times() -> None:
+    """A warp goes round it with fewer and fewer lanes; ptxas neither drops nor predicates it."""
+    none, *dosed = reports(DOSED, [{"branching": dose} for dose in (0, 1, 4)])
+    assert not planted([none], "BSSY")[0]
+    assert planted(dosed, "BSSY") == planted(dosed, "BSYNC") == [1, 1]
+    for compiled in dosed:
+        rounds = [loop for loop in inner_loops(compiled.sass) if 3 < len(loop) < 8]
+        (loop,) = rounds
+        assert any(name.startswith("ISETP") for name, _ in loop) and loop[-1][0] == "BRA"
+
+
+def test_the_planted_launches_do_nothing() -> None:
+    empty = report("attn_ladder.variants._dosed:offline_empty", {})
+    names = {name for name, _ in instructions(empty.sass)} - {"LABEL"}
+    assert names <= {"EXIT", "BRA", "NOP", "LDC"}
+
+
+def test_without_a_dose_all_controls_run_the_same_kernel(monkeypatch) -> None:
+    """So the kernels without a dose are an A/A comparison; a dose is not."""
+    ran: list[tuple] = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: ran.append((self.name, grid, kwargs))
+
+    for name in ("dosed_kernel", "empty_kernel"):
+        monkeypatch.setattr(_dosed, name, Recorder(name))
+    q = torch.zeros(2, 128, 4, 64)
+    calls = {}
+    for name, subject in subjects().items():
+        if subject.kind == "control":
+            ran.clear()
+            load(name).forward(q, q, q)
+            calls[name] = list(ran)
+    undosed = [calls[name] for name in zero_doses().values()]
+    assert len(undosed) == 4 and all(call == undosed[0] for call in undosed)
+    assert sum(call == undosed[0] for call in calls.values()) == 4
+    assert [len(calls[f"control_launch.{n}"]) for n in (1, 8, 32)] == [1, 8, 32]

@@ -21,16 +21,21 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
+def empty_kernel(chain_ptr):
+    """A launch and nothing else."""
+
+
+@triton.jit
 def dosed_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, chain_ptr,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_ob, stride_om, stride_oh,
-    seqlen, nheads, batch_start, qk_scale,
+    seqlen, nheads, qk_scale,
     BRANCHING: tl.constexpr, SYNC: tl.constexpr, MEMORY: tl.constexpr,
     HEADDIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_WARPS: tl.constexpr,
 ):  # fmt: skip
     """`seqlen` must be a multiple of both tiles; not causal; as many key heads as query heads."""
-    batch = batch_start + (tl.program_id(1) // nheads).to(tl.int64)
+    batch = (tl.program_id(1) // nheads).to(tl.int64)
     head = (tl.program_id(1) % nheads).to(tl.int64)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, HEADDIM)
@@ -42,6 +47,7 @@ def dosed_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEADDIM], tl.float32)
     lanes = tl.arange(0, NUM_WARPS * 32)
+    sink = lanes
     link = 0
     for start_n in range(0, seqlen, BLOCK_N):
         for _ in tl.static_range(MEMORY):
@@ -59,14 +65,14 @@ def dosed_kernel(
             )
         if BRANCHING > 0:
             # lane i of a warp goes round BRANCHING * (i % 8) times
-            tl.inline_asm_elementwise(
+            sink = tl.inline_asm_elementwise(
                 """{ .reg .pred more; .reg .b32 n, x;
-                and.b32 n, $1, 7; mul.lo.s32 n, n, $2; mov.b32 x, $1;
+                and.b32 n, $1, 7; mul.lo.s32 n, n, $2; mov.b32 x, $3;
                 again: setp.gt.s32 more, n, 0; @!more bra done;
                 mad.lo.s32 x, x, 5, 1; sub.s32 n, n, 1; bra.uni again;
                 done: mov.b32 $0, x; }""",
-                "=r,r,r",
-                [lanes, tl.full([NUM_WARPS * 32], BRANCHING, tl.int32)],
+                "=r,r,r,r",
+                [lanes, tl.full([NUM_WARPS * 32], BRANCHING, tl.int32), sink],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
@@ -81,6 +87,8 @@ def dosed_kernel(
         v = tl.load(v_ptr + offs_n[:, None] * stride_vn + offs_d[None, :])
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
         m_i = m_next
+    if BRANCHING > 0:
+        tl.store(chain_ptr + 1 + lanes, sink)  # without it ptxas drops the loop
     out_ptrs = out_ptr + batch * stride_ob + head * stride_oh
     out_ptrs += offs_m[:, None] * stride_om + offs_d[None, :]
     tl.store(out_ptrs, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty))
@@ -100,23 +108,41 @@ def forward_dosed(
     launches: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with planted doses: rounds of a divergent loop, CTA barriers and dependent loads
-    for each key block, and launches for each call (the batch is split among them)."""
+    for each key block, and launches for each call (all but the last of an empty kernel, which the
+    GPU ends sooner than the host can launch the next)."""
     batch, seqlen, nheads, headdim = q.shape
     scale = headdim**-0.5 if softmax_scale is None else softmax_scale
     out = torch.empty_like(q)
     lse = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
     chain = _chain(q.device)
-    for part in range(launches):
-        start, stop = batch * part // launches, batch * (part + 1) // launches
-        dosed_kernel[(seqlen // BLOCK_M, (stop - start) * nheads)](
-            q, k, v, out, lse, chain,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            seqlen, nheads, start, scale * LOG2_E,
-            BRANCHING=branching, SYNC=sync, MEMORY=memory,
-            HEADDIM=headdim, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, NUM_WARPS=NUM_WARPS,
-            num_warps=NUM_WARPS, num_stages=2,
-        )  # fmt: skip
+    for _ in range(launches - 1):
+        empty_kernel[(1,)](chain, num_warps=1)
+    dosed_kernel[(seqlen // BLOCK_M, batch * nheads)](
+        q, k, v, out, lse, chain,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        seqlen, nheads, scale * LOG2_E,
+        BRANCHING=branching, SYNC=sync, MEMORY=memory,
+        HEADDIM=headdim, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, NUM_WARPS=NUM_WARPS,
+        num_warps=NUM_WARPS, num_stages=2,
+    )  # fmt: skip
     return out, lse
+
+
+def offline(branching: int = 0, sync: int = 0, memory: int = 0) -> dict:
+    """`dosed_kernel` with doses, at headdim 64, for `attn_ladder.offline.report`."""
+    constexprs = dict(BRANCHING=branching, SYNC=sync, MEMORY=memory, HEADDIM=64)
+    constexprs |= dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, NUM_WARPS=NUM_WARPS)
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
+    types |= {"lse_ptr": "*fp32", "chain_ptr": "*i32", "qk_scale": "fp32"}
+    signature = {n: types.get(n, "i32") for n in dosed_kernel.arg_names if n not in constexprs}
+    return dict(
+        kernel=dosed_kernel, signature=signature, constexprs=constexprs, num_warps=NUM_WARPS
+    )
+
+
+def offline_empty() -> dict:
+    """`empty_kernel`, likewise."""
+    return dict(kernel=empty_kernel, signature={"chain_ptr": "*i32"}, constexprs={}, num_warps=1)
 
 
 _CHAINS: dict[torch.device, torch.Tensor] = {}
@@ -124,7 +150,7 @@ _CHAINS: dict[torch.device, torch.Tensor] = {}
 
 def _chain(device: torch.device) -> torch.Tensor:
     if device not in _CHAINS:
-        _CHAINS[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        _CHAINS[device] = torch.zeros(1 + NUM_WARPS * 32, dtype=torch.int32, device=device)
     return _CHAINS[device]
 
 

@@ -1,4 +1,4 @@
-"""Control of the constraint `launch`: one call is split into several launches."""
+"""Control of the constraint `launch`: launches of an empty kernel before the real one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from attn_ladder.stage import Control
 from attn_ladder.variants._dosed import forward_dosed, unsupported_dosed
 
-CONTROL = Control(title="Planted launches", constraint="launch", doses=(1, 2, 4, 8))
+CONTROL = Control(title="Planted launches", constraint="launch", doses=(1, 8, 16, 32))
 unsupported = unsupported_dosed
 
 

@@ -7,7 +7,7 @@ import torch
 from attn_ladder.stage import Control
 from attn_ladder.variants._dosed import forward_dosed, unsupported_dosed
 
-CONTROL = Control(title="Planted CTA barriers", constraint="sync", doses=(0, 2, 4, 8, 16))
+CONTROL = Control(title="Planted CTA barriers", constraint="sync", doses=(0, 4, 16, 64))
 unsupported = unsupported_dosed
 
 
