@@ -438,12 +438,18 @@ def combine_kernel(
 _FLAGS: dict[torch.device, torch.Tensor] = {}
 
 
-def error_flag(device: torch.device) -> torch.Tensor:
+def error_flag(device: torch.device | str) -> torch.Tensor:
     """The error flag of a device: int32, one element, bits as in `ERRORS`.
 
-    Raises `ValueError` if it would have to be created while a CUDA graph is captured: call the
-    function once before capturing, as its kernels must be compiled then anyway.
+    A CUDA device without an index is the current one. Raises `ValueError` if the flag would have to
+    be created while a CUDA graph is captured: call the function once before capturing, as its
+    kernels must be compiled then anyway.
     """
+    if device in _FLAGS:  # tensors' devices have an index
+        return _FLAGS[device]
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if device not in _FLAGS:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise ValueError(f"error_flag({device=}) does not exist; call once before capturing")
@@ -451,7 +457,7 @@ def error_flag(device: torch.device) -> torch.Tensor:
     return _FLAGS[device]
 
 
-def clear_errors(device: torch.device) -> list[str]:
+def clear_errors(device: torch.device | str) -> list[str]:
     """What the error flag of a device says, in words; clears it. Synchronises."""
     flag = error_flag(device)
     value = int(flag.item())
