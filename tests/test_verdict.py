@@ -153,17 +153,16 @@ def test_false_verdicts_are_rare(truth, between):
 WITHOUT_DOSE = {"control_sync.0": 0.3, "control_memory.0": 0.1, "control_launch.1": 0.2}
 
 
-def tables(
-    control=None, inactive=1.75, hash_is=None, suites=("profile",), without_dose=WITHOUT_DOSE
-):
-    """Rows of metrics.csv with FA3's inactive threads on eight problems, a control, and the kernels
-    without a dose of the others."""
+def tables(control=None, inactive=1.75, hash_is=None, without_dose=WITHOUT_DOSE):
+    """Rows of metrics.csv with FA3's inactive threads on the profiled problems (causal and full, if
+    two are given), a control, and the kernels without a dose of the others."""
+    causal, full = np.broadcast_to(inactive, 2)
     base = {"run": "r", "device": "d", "dtype": "bf16", "regime": "-", "unit": "%"}
     rows = [
-        {**base, "suite": suite, "problem": f"p{n}", "subject": "fa3",
+        {**base, "suite": "profile", "problem": problem, "subject": "fa3",
          "metric": "inactive_threads", "statistic": "value", "value": str(value + 0.01 * n)}
-        for suite, value in zip(suites, np.broadcast_to(inactive, len(suites)), strict=True)
-        for n in range(8)
+        for part, value in (("causal", causal), ("full", full))
+        for n, problem in enumerate(EVERY[f"profile/{part}"][tidy.MINIMUM])
     ]  # fmt: skip
     dosed = {f"control_branching.{dose}": value for dose, value in (control or {}).items()}
     for subject, value in {**dosed, **without_dose}.items():
@@ -183,7 +182,7 @@ EVERY = tidy.every_problem(read_problems(synthetic.PROBLEMS))
 RISING = {0: 0.2, 1: 5.0, 2: 9.0, 4: 14.0, 8: 22.0}
 
 
-def branching(claims, rows, provenance, suite="profile"):
+def branching(claims, rows, provenance, suite="profile/causal"):
     judged = verdict.judge(claims, rows, [], provenance)
     return next(
         r for r in judged
@@ -252,14 +251,19 @@ def test_other_claims_than_the_record_had_are_post_hoc():
 
 
 def test_suites_that_differ_make_it_partly():
-    claims, rows, provenance = tables(RISING, (1.75, 7.0), suites=("profile", "grid"))
-    hypotheses = tuple(
-        replace(h, suites=("profile", "grid")) if h.id == "branching-divergence" else h
-        for h in claims.hypotheses
-    )
-    row = branching(replace(claims, hypotheses=hypotheses), rows, provenance, "(all)")
-    assert row["verdict"] == "PARTLY: REFUTED in profile, SUPPORTED in grid"
-    assert row["effect"] == ""
+    row = branching(*tables(RISING, (7.0, 1.75)), "(all)")
+    assert row["verdict"] == "PARTLY: SUPPORTED in profile/causal, REFUTED in profile/full"
+    assert 1.75 < row["effect"] < 7.1  # of the whole suite
+
+
+def test_parts_of_a_suite_are_its_causal_and_its_full_problems(tmp_path, claims):
+    causal, full = (set(EVERY[f"profile/{part}"][tidy.MINIMUM]) for part in ("causal", "full"))
+    assert min(len(causal), len(full)) >= verdict.LEAST
+    assert causal | full == set(EVERY["profile"][tidy.MINIMUM]) and not causal & full
+    launch = next(h for h in claims["hypotheses"] if h["id"] == "launch-share")
+    launch["suites"] = ["gate/causal"]
+    with pytest.raises(verdict.ConstraintsError, match="launch-share.*name whole suites"):
+        verdict.read_constraints(written(tmp_path, claims))
 
 
 def test_what_was_not_measured_is_blank_and_inconclusive():

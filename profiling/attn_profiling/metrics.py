@@ -250,6 +250,11 @@ def _sample_share(kind: str) -> Derive:
     return derive
 
 
+def _both_shares(call: Call, *kinds: str) -> float | None:
+    shares = [_sample_share(kind)(call) for kind in kinds]
+    return None if None in shares else math.fsum(s for s in shares if s is not None)
+
+
 def _cycles_each(kind: str) -> Derive:
     """Warp cycles held at a kind of barrier over the warps that came to one."""
 
@@ -335,6 +340,8 @@ METRICS: tuple[Metric, ...] = (
            _stall_share(MEMORY_STALLS), "memory"),
     Metric("samples_memory", "warp samples waiting for global memory, mbarriers apart", "%", (),
            _sample_share("memory"), "memory", True),
+    Metric("samples_memory_bound", "warp samples waiting for global memory or at an mbarrier", "%",
+           (), lambda call: _both_shares(call, "memory", "mbarrier"), "memory", True),
     Metric("stall_shared", "warp time waiting for shared memory or MUFU", "%", _ALL_STALLS,
            _stall_share(["short_scoreboard", "mio_throttle"]), "memory"),
     Metric("tensor_pipe", "tensor pipe active", "%", (_TENSOR,), _value(_TENSOR), "memory"),

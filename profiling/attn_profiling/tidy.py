@@ -133,10 +133,12 @@ def zero_doses() -> dict[str, str]:
 
 
 def every_problem(problems: Mapping[str, Problem]) -> dict[str, dict[str, list[str]]]:
-    """For each suite, the problems that a reduction over every one of them needs."""
+    """For each suite, and its causal and full part, the problems that a reduction over every one of
+    them needs."""
     found: dict[str, dict[str, list[str]]] = {}
     for problem in problems.values():
-        for suite in problem.suites:
+        part = "causal" if problem.causal else "full"
+        for suite in (name for s in problem.suites for name in (s, f"{s}/{part}")):
             of_suite = found.setdefault(suite, {MINIMUM: [], SHORTEST: []})
             of_suite[MINIMUM].append(problem.id)
             if is_short(problem):

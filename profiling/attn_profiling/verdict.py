@@ -137,6 +137,11 @@ def read_constraints(path: Path) -> Constraints:
                 f"{path}: id={hypothesis.id!r} is used twice; ids must be unique"
             )
         seen.add(hypothesis.id)
+        if hypothesis.witness["kind"] != "counter" and any("/" in s for s in hypothesis.suites):
+            raise ConstraintsError(
+                f"{path}: {hypothesis.id}: suites={list(hypothesis.suites)}: only counters are told"
+                " apart by parts of a suite; name whole suites"
+            )
         if hypothesis.constraint and hypothesis.constraint not in data["constraints"]:
             raise ConstraintsError(
                 f"{path}: {hypothesis.id}: constraint={hypothesis.constraint!r} is unknown; known:"
@@ -218,9 +223,13 @@ class Evidence:
     def values(
         self, suite: str, regime: str, subject: str, metric: str, only: str | None = None
     ) -> list[float]:
-        """A metric of every problem of a suite, or of one of them."""
-        by_problem = self.by_metric.get((suite, regime, subject, metric), {})
-        kept = [v for problem, v in by_problem.items() if only in (None, problem)]
+        """A metric of every problem of a suite or a part of it (`suite/part`), or of one of them."""
+        whole, _, part = suite.partition("/")
+        by_problem = self.by_metric.get((whole, regime, subject, metric), {})
+        wanted = {only} if only else set(by_problem)
+        if part:
+            wanted &= set(self.every_problem.get(suite, {}).get(MINIMUM, ()))
+        kept = [v for problem, v in by_problem.items() if problem in wanted]
         return [v["value"] if "value" in v else v["median"] for v in kept]
 
     def noise_floor(self, suite: str, regime: str) -> float:
@@ -374,7 +383,9 @@ def judge(
         overall = distinct[0]
         if len(distinct) > 1:
             overall = f"{PARTLY}: " + ", ".join(f"{v} in {s}" for s, v in verdicts.items())
-        interval = found[(hypothesis.id, hypothesis.suites[0])] if len(verdicts) == 1 else None
+        wholes = {suite.partition("/")[0] for suite in hypothesis.suites}
+        whole = wholes.pop() if len(wholes) == 1 else None
+        interval = evidence.interval(hypothesis, whole) if whole else None
         row = _row(provenance, hypothesis, ALL_SUITES, interval, controls[name], overall + post_hoc)
         rows.append(row)
     return rows

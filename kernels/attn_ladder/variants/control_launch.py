@@ -7,7 +7,7 @@ import torch
 from attn_ladder.stage import Control
 from attn_ladder.variants._dosed import forward_dosed, unsupported_dosed
 
-CONTROL = Control(title="Planted launches", constraint="launch", doses=(1, 8, 16, 32))
+CONTROL = Control(title="Planted launches", constraint="launch", doses=(1, 4, 8, 16))
 unsupported = unsupported_dosed
 
 
