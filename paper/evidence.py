@@ -22,6 +22,7 @@ __all__ = [
     "Evidence",
     "Value",
     "interval",
+    "known_of",
     "label",
     "load",
     "number",
@@ -37,6 +38,11 @@ class Value:
     value: float
     low: float | None = None
     high: float | None = None
+
+
+def known_of(*kinds: str) -> list[str]:
+    """The subjects of some kinds, measured or not, in the order of the ladder."""
+    return [name for name, subject in stage.subjects().items() if subject.kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -110,16 +116,20 @@ class Evidence:
         ]
         return all(found)
 
+    def or_stale(self, suite: str, subject: str, text: str) -> str:
+        """The text, or `stale` where it says nothing because the record of a subject is stale."""
+        stale = [(s["suite"], s["what"]) for s in self.provenance["stale"]]
+        return "stale" if text == "–" and (suite, subject) in stale else text
+
     def of_kind(self, kind: str) -> list[str]:
         """The measured subjects of a kind, in the order of the ladder."""
         known = stage.subjects()
         return [name for name in self.subjects if known[name].kind == kind]
 
     @property
-    def top(self) -> str | None:
-        """The highest stage that was measured."""
-        stages = self.of_kind("stage")
-        return stages[-1] if stages else None
+    def top(self) -> str:
+        """The highest stage of the ladder, measured or not: no other stands in for it."""
+        return known_of("stage")[-1]
 
     def suite(self, name: str) -> list[Problem]:
         """The problems of a suite, in file order."""

@@ -15,7 +15,7 @@ import typer
 from attn_profiling import predict
 from attn_profiling.record import write_text
 from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, REFERENCE_PEER
-from paper.evidence import Evidence, Value, load
+from paper.evidence import Evidence, Value, known_of, load
 from paper.tables import GATE, escape
 
 DIGITS = dict(zip("0123456789", ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven",
@@ -116,7 +116,7 @@ def numbers(evidence: Evidence) -> dict[str, str]:
     found: dict[str, str] = {}
     provenance, content = evidence.provenance, evidence.provenance["content"]
     measuring = content["measuring"]
-    top = evidence.top or "stage5"
+    top = evidence.top
 
     def put(text_of: str, *words: str) -> None:
         found[macro(*words)] = text_of
@@ -133,7 +133,7 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         put(f"{measuring[name]:g}" if name in measuring else MISSING, "measuring", name)
     put(f"{100 * measuring.get('aa_tolerance', 0.01):g}", "measuring tolerance percent")
     put(str(len(evidence.suite("grid"))), "grid problems")
-    put(evidence.top[-1] if evidence.top else "--", "top stage")
+    put(top[-1], "top stage")
     for regime in ("spaced", "sustained"):
         put(_count(evidence, "grid", regime, True), "conclusive", regime)
         put(_count(evidence, "grid", regime, False), "inconclusive", regime)
@@ -144,7 +144,7 @@ def numbers(evidence: Evidence) -> dict[str, str]:
                 put(with_interval(ratio, 3), "top over", peer, word, regime)
     fp16 = evidence.speedup("grid_fp16", MEDIAN, top, "cudnn")
     put(with_interval(fp16, 3), "top over cudnn half median")
-    for name in [*evidence.of_kind("stage"), *evidence.of_kind("peer")]:
+    for name in known_of("stage", "peer"):
         put(text(evidence.metric("gate", GATE, name, "tflops", "spaced"), 0), name, "gate tflops")
         put(with_interval(evidence.speedup("gate", GATE, name, "fa3"), 3), name, "gate ratio")
         gpu = evidence.metric("gate", GATE, name, "timed_kernels", "spaced")

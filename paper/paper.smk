@@ -14,7 +14,7 @@ EVIDENCE = [
 ]
 TABLES = expand(
     "paper/generated/{name}.tex",
-    name="grid grid_fp16 ladder variants which_fa3 published constraints verdicts criteria witnesses stalls host regimes"
+    name="grid grid_fp16 ladder variants which_fa3 locks published constraints verdicts criteria witnesses stalls host regimes"
     " roofline prediction predictions checks left_out stages".split(),
 )
 FIGURES = expand(
@@ -72,8 +72,8 @@ rule verdict:
 rule tables:
     input:
         EVIDENCE,
-        "paper/tables.py",
-        "paper/published.csv",
+        expand("paper/{name}", name=["tables.py", "published.csv", "fa3_builds.csv"]),
+        expand("requirements/{name}.txt", name=["base", "cuda"]),
         IMAGE,
     output:
         TABLES,
@@ -150,7 +150,11 @@ rule notebook:
 rule report:
     input:
         EVIDENCE,
-        expand("paper/{name}", name=["figures.py", "report.py", "tables.py", "published.csv"]),
+        expand(
+            "paper/{name}",
+            name=["figures.py", "report.py", "tables.py", "published.csv", "fa3_builds.csv"],
+        ),
+        expand("requirements/{name}.txt", name=["base", "cuda"]),
         "paper/templates/report.html.j2",
         IMAGE,
     output:

@@ -14,9 +14,8 @@ import jinja2
 import typer
 from markupsafe import Markup
 
-from attn_ladder import stage
 from attn_profiling.record import write_text
-from paper.evidence import Evidence, label, load
+from paper.evidence import Evidence, load
 from paper.figures import FIGURES, save
 from paper.tables import TABLES, verdict_rows
 
@@ -27,7 +26,7 @@ SECTIONS = (
                                                       "controls")),
     ("Speed", ("grid", "grid_fp16"), ("grid", "ratio")),
     ("The ladder and its gates", ("ladder", "variants", "criteria"), ()),
-    ("Which FA3 this is", ("which_fa3", "published"), ()),
+    ("Which FA3 this is", ("which_fa3", "published", "locks"), ()),
     ("The model", ("prediction", "predictions", "roofline"), ("prediction",)),
     ("Counters", ("witnesses", "stalls"), ()),
     ("Calls, clocks and energy", ("host", "regimes"), ("two_clocks",)),
@@ -43,6 +42,7 @@ TITLES = {
     "variants": "What a part is worth",
     "criteria": "Gates and success criteria",
     "which_fa3": "Peers and software",
+    "locks": "Where the environment of the run is not that of the locks",
     "published": "FA3 as published and as measured here",
     "roofline": "What each resource needs at least, µs",
     "prediction": "Prediction and measurement",
@@ -96,7 +96,6 @@ def render(evidence: Evidence) -> str:
         content=provenance["content"],
         constraints=evidence.constraints.constraints,
         overall={r["constraint"]: r["verdict"] for r in evidence.verdicts if r["suite"] == "(all)"},
-        stages=[(label(s), stage.subject(s).title) for s in evidence.of_kind("stage")],
         sections=sections,
         primary=verdict_rows(evidence, ("primary",)),
     )

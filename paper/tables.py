@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import csv
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import typer
 
 from attn_ladder import stage
 from attn_ladder.problem import Problem
-from attn_profiling import metrics, model, predict
+from attn_profiling import environment, metrics, model, predict
 from attn_profiling.record import write_text
 from attn_profiling.tidy import csv_text
 from attn_profiling.verdict import Hypothesis
@@ -33,6 +34,7 @@ from paper.evidence import (
     Evidence,
     Value,
     interval,
+    known_of,
     label,
     load,
     number,
@@ -48,6 +50,7 @@ CONSTRAINTS = Path("config/constraints.yaml")
 GATE = "gate-b16"
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 PUBLISHED = Path(__file__).with_name("published.csv")
+FA3_BUILDS = Path(__file__).with_name("fa3_builds.csv")
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ INCONCLUSIVE_NOTE = "† the A/A pair was off in every attempt: inconclusive, le
 
 def grid(evidence: Evidence, suite: str = "grid") -> Table:
     """TFLOPS of every peer and the top stage, and the top stage's ratios with intervals."""
-    top = evidence.top or "stage5"
+    top = evidence.top
     peers = [p for p in ("fa3", "cudnn", "fa4", "fa2") if p in evidence.subjects]
     if suite == "grid_fp16":
         peers = [p for p in peers if p in ("cudnn", "fa2")]
@@ -187,8 +190,8 @@ def ladder(evidence: Evidence) -> Table:
     problem = evidence.problems[GATE]
     fa3 = evidence.metric("gate", GATE, "fa3", "gpu_us", "spaced")
     rows = []
-    for name in [*evidence.of_kind("stage"), "fa3", "fa4", "cudnn"]:
-        if name not in evidence.subjects:
+    for name in [*known_of("stage"), "fa3", "fa4", "cudnn"]:
+        if name == "fa4" and name not in evidence.subjects:  # an optional peer
             continue
         ratio = evidence.speedup("gate", GATE, name, "fa3")
         gate = _gate_of(evidence, name)
@@ -201,7 +204,9 @@ def ladder(evidence: Evidence) -> Table:
             [
                 label(name),
                 stage.subject(name).removes or "",
-                number(evidence.metric("gate", GATE, name, "tflops", "spaced")),
+                evidence.or_stale(
+                    "gate", name, number(evidence.metric("gate", GATE, name, "tflops", "spaced"))
+                ),
                 interval(ratio, 3),
                 "" if gate is None else f"{gate:.2f}",
                 met,
@@ -210,7 +215,7 @@ def ladder(evidence: Evidence) -> Table:
                 _PLAN_TFLOPS.get(name, ""),
             ]
         )
-    stages = len(evidence.of_kind("stage"))
+    stages = len(known_of("stage"))
     return Table(
         ["", "removes", "TFLOPS", "over FA3", "gate", "met", "ceiling", "over the one before",
          "plan TFLOPS"],
@@ -254,33 +259,91 @@ def variants(evidence: Evidence) -> Table:
     )
 
 
+def _knobs(evidence: Evidence) -> str:
+    """Which configurations of FA3 were kept, and what the best one gained where that is known."""
+    kept: Counter[str] = Counter()
+    total = 0
+    for suite in ("grid", "gate"):
+        timed = [
+            p.id
+            for p in evidence.suite(suite)
+            if evidence.metric(suite, p.id, REFERENCE_PEER, "gpu_us", "spaced")
+        ]
+        total += len(timed)
+        for row in evidence.provenance["chosen"]:
+            place = (row["suite"], row["regime"], row["subject"])
+            if place == (suite, "spaced", REFERENCE_PEER) and row["problem"] in timed:
+                kept[", ".join(f"{k}={v}" for k, v in sorted(row["config"].items()))] += 1
+    if not total:
+        return "not measured"
+    words = [f"the default on {total - kept.total()} of {total} problems of grid and gate"]
+    words += [f"{knobs} on {count}" for knobs, count in sorted(kept.items())]
+    return ", ".join(words)
+
+
+def _build_of(wheel: str | None) -> str:
+    with FA3_BUILDS.open(newline="") as handle:
+        known = {row["wheel_sha256"]: row["what"] for row in csv.DictReader(handle)}
+    return known.get(wheel or "", "this build names no upstream commit and is not a known one")
+
+
 def which_fa3(evidence: Evidence) -> Table:
-    """What exactly the peers are."""
+    """What exactly the peers are, and the software around them."""
     rows = []
     packages = evidence.provenance["packages"]
-    for name in evidence.of_kind("peer"):
+    wheels = environment.hashes("cuda")
+    for name in known_of("peer"):
         found = evidence.provenance["subjects"].get(name, {})
         distribution = stage.subject(name).distribution or ""
-        wheel = found.get("wheel_sha256") or found.get("record_sha256")
+        wheel, listed = found.get("wheel_sha256"), found.get("record_sha256")
+        version = found.get("version") or packages.get(distribution)
+        identity = f"files {listed[:16]}" if listed else "–"
+        if wheel:
+            locked = wheel in wheels.get(distribution, ())
+            identity = f"wheel {wheel[:16]}, {'as locked' if locked else 'not that of the lock'}"
         rows.append(
             [
                 stage.subject(name).title,
                 distribution,
-                str(found.get("version") or packages.get(distribution, "–")),
-                f"{wheel[:16]}" if wheel else "–",
+                str(version or "not installed"),
+                identity,
                 str(found.get("compiler") or "–"),
             ]
         )
     content = evidence.provenance["content"]
+    titles = {"cuda": "CUDA of torch", "driver": "driver", "ncu": "Nsight Compute"}
     for name in ("torch", "triton", "cuda", "driver", "ncu"):
-        rows.append([name, "", str(content[name] or "absent"), "", ""])
-    peers = len(evidence.of_kind("peer"))
+        rows.append([titles.get(name, name), "", str(content[name] or "absent"), "", ""])
+    build = _build_of(evidence.provenance["subjects"].get("fa3", {}).get("wheel_sha256"))
     return Table(
         ["peer", "package", "version", "sha256", "compiler"],
         rows,
-        "sha256: of the wheel where pip kept it, else of its list of files (first 16 digits). The"
-        " wheel of FA3 names no upstream commit.",
-        frozenset({peers}),
+        "sha256 (first 16 digits): of the wheel where the installer kept it, else of its list of"
+        f" files. FA3: {build}. FA3's own knobs: num_splits 0 and 2 against the default, and"
+        f" pack_gqa where heads are grouped; kept: {_knobs(evidence)}.",
+        frozenset({len(known_of("peer"))}),
+    )
+
+
+def locks(evidence: Evidence) -> Table:
+    """Where the environment of the run is not the one that the locks describe."""
+    recorded = dict(evidence.provenance["packages"])
+    pinned = environment.pins("cuda")
+    rows = [
+        [name, recorded[name], version]
+        for name, version in sorted(pinned.items())
+        if name in recorded and recorded[name].partition("+")[0] != version.partition("+")[0]
+    ]
+    shared = [name for name in recorded if name in pinned]
+    python = recorded.get("python")
+    same = len(shared) - len(rows)
+    return Table(
+        ["package", "in the run", "in the lock"],
+        rows or [["all", f"{len(shared)} as locked", ""]],
+        f"Of {len(shared)} packages that the run recorded and requirements/ pins, {same} have the"
+        f" pinned version. Python of the run: {python or 'not recorded'}; the locks are for 3.11"
+        " and 3.12.",
+        labels=1,
     )
 
 
@@ -605,7 +668,7 @@ def host(evidence: Evidence) -> Table:
 def regimes(evidence: Evidence) -> Table:
     """Clock, power and energy in both regimes."""
     rows = []
-    top = evidence.top or "stage5"
+    top = evidence.top
     problems = evidence.suite("grid")
     for problem in problems:
         cells = []
@@ -632,7 +695,7 @@ def regimes(evidence: Evidence) -> Table:
 
 def roofline(evidence: Evidence) -> Table:
     """The model beside the measurement on the grid."""
-    top = evidence.top or "stage5"
+    top = evidence.top
     rows = []
     problems = evidence.suite("grid")
     for problem in problems:
@@ -802,6 +865,7 @@ TABLES: dict[str, Callable[[Evidence], Table]] = {
     "ladder": ladder,
     "variants": variants,
     "which_fa3": which_fa3,
+    "locks": locks,
     "published": published,
     "constraints": constraints,
     "verdicts": verdicts,
@@ -840,14 +904,17 @@ def _prose(paragraph: str) -> str:
 def stages(evidence: Evidence) -> str:
     """One paragraph for each stage: what its file says of it, and what was measured."""
     parts = []
-    for name in evidence.of_kind("stage"):
+    for name in known_of("stage"):
         subject = stage.subject(name)
         docstring = ast.get_docstring(ast.parse(subject.path.read_text())) or ""
         _, *body = [" ".join(p.split()) for p in docstring.split("\n\n")]
         ratio = evidence.speedup("gate", GATE, name, "fa3")
         tflops = evidence.metric("gate", GATE, name, "tflops", "spaced")
         measured = (
-            f"Measured on the gate problem: {number(tflops)} TFLOPS, {interval(ratio, 3)} of FA3."
+            "On the gate problem: not measured, or its record is stale."
+            if tflops is None
+            else f"Measured on the gate problem: {number(tflops)} TFLOPS,"
+            f" {interval(ratio, 3)} of FA3."
         )
         parts.append(
             rf"\paragraph{{Stage {name[5:]}: {escape(subject.title)}.}} "
@@ -860,8 +927,11 @@ def stages(evidence: Evidence) -> str:
 def headline(evidence: Evidence) -> str:
     """The README's table: the stages on the gate problem and the top stage on the grid."""
     lines = ["| | removes | TFLOPS | over FA3, 95 % interval |", "|---|---|---|---|"]
-    for name in [*evidence.of_kind("stage"), *evidence.of_kind("peer")]:
+    for name in known_of("stage", "peer"):
+        if name == "fa4" and name not in evidence.subjects:  # an optional peer
+            continue
         tflops = number(evidence.metric("gate", GATE, name, "tflops", "spaced"))
+        tflops = evidence.or_stale("gate", name, tflops)
         ratio = interval(evidence.speedup("gate", GATE, name, "fa3"), 3)
         removes = stage.subject(name).removes or ""
         lines.append(f"| {label(name)} | {removes} | {tflops} | {ratio} |")
@@ -870,7 +940,7 @@ def headline(evidence: Evidence) -> str:
         "Batch 16, 16 heads, seqlen 2048, headdim 64, causal, bf16, spaced launches.",
         "",
     ]
-    top = evidence.top or ""
+    top = evidence.top
     words = []
     for peer, word in (("fa3", "FA3"), (BEST, "the best peer")):
         median = evidence.speedup("grid", MEDIAN, top, peer)
@@ -885,7 +955,8 @@ def headline(evidence: Evidence) -> str:
     lines.append("| constraint | found in FA3 | claimed | verdict |")
     lines.append("|---|---|---|---|")
     for row in constraints(evidence).rows:
-        lines.append(f"| {row[0]} | {row[1]}: {row[2]} | {row[3]} | {row[7]} |")
+        found = "not measured" if row[2].startswith("–") else row[2]
+        lines.append(f"| {row[0]} | {row[1]}: {found} | {row[3]} | {row[7]} |")
     lines += ["", f"*{evidence.stamp}*"]
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import synthetic
 
+from attn_profiling import record
 from paper import figures, numbers, tables
 from paper.evidence import Value, load
 
@@ -34,6 +35,14 @@ def test_every_macro_of_the_prose_is_a_number_of_the_run(evidence):
     assert len(used_macros(text)) > 50
     assert used_macros(text) - defined == set()
     assert used_macros(text + r"\TopSpeedOfLight") - defined == {"TopSpeedOfLight"}
+
+
+def test_every_macro_is_there_where_all_is_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "stale", lambda data, subject: "its kernel changed")
+    synthetic.derive(synthetic.shared() / "measurements" / "h100-sxm-80gb", tmp_path)
+    found = numbers.numbers(load(tmp_path, synthetic.PROBLEMS, synthetic.CONSTRAINTS))
+    assert used_macros(MAIN.read_text()) <= {name[1:] for name in found}
+    assert found[r"\TopOverFaThreeMedianSpaced"] == numbers.MISSING
 
 
 def test_macros_hold_what_the_tables_hold(evidence):

@@ -8,6 +8,7 @@ import pytest
 import synthetic
 from typer.testing import CliRunner
 
+from attn_profiling import environment, record
 from paper import figures, notebook, report, tables
 from paper.evidence import Value, interval, load, number
 
@@ -35,6 +36,16 @@ def empty(tmp_path_factory):
     return load(folder / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
 
 
+@pytest.fixture(scope="module")
+def stale(tmp_path_factory):
+    """What is derived from a complete run when every kernel has changed since."""
+    folder = tmp_path_factory.mktemp("stale")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "stale", lambda data, subject: "its kernel changed")
+        synthetic.derive(synthetic.shared() / "measurements" / "h100-sxm-80gb", folder / "results")
+    return load(folder / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+
+
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_every_table_is_stamped_and_whole(evidence, name):
     table = tables.TABLES[name](evidence)
@@ -52,6 +63,57 @@ def test_a_table_of_what_was_not_measured_still_renders(empty, name):
     table = tables.TABLES[name](empty)
     assert all(len(row) == len(table.header) for row in table.rows)
     assert "nan" not in tables.latex(table, empty.stamp).lower()
+
+
+def test_where_all_is_stale_the_paper_says_so_and_renders(stale, tmp_path):
+    assert stale.provenance["stale"] and not stale.subjects
+    for build in tables.TABLES.values():
+        tables.latex(build(stale), stale.stamp)
+    rows = {row[0]: row for row in tables.ladder(stale).rows}
+    assert rows["stage 5"][2:4] == ["stale", "–"] and rows["FA3"][2] == "stale"
+    assert "| stage 5 | branching | stale | – |" in tables.headline(stale)
+    assert "or its record is stale" in tables.stages(stale)
+    for draw in figures.FIGURES.values():
+        figures.save(draw(stale), tmp_path / "figure.pdf")
+    assert "results are stale" in report.render(stale)
+
+
+def test_the_top_of_the_ladder_is_never_another_stage(stale, evidence):
+    assert stale.top == evidence.top == "stage5"
+
+
+def test_which_fa3_says_what_is_known_of_the_build(evidence, monkeypatch):
+    def peer(name):
+        return next(row for row in tables.which_fa3(evidence).rows if row[1] == name)
+
+    assert "is not a known one" in tables.which_fa3(evidence).note
+    assert peer("fa3-fwd")[3] == "wheel abababababababab, not that of the lock"
+    locked = environment.hashes("cuda")["fa3-fwd"]
+    subjects = evidence.provenance["subjects"]
+    monkeypatch.setitem(subjects["fa3"], "wheel_sha256", locked[1])
+    assert peer("fa3-fwd")[3] == f"wheel {locked[1][:16]}, as locked"
+    assert "59df2f9b" in tables.which_fa3(evidence).note
+    monkeypatch.setitem(subjects["fa3"], "wheel_sha256", None)
+    monkeypatch.setitem(subjects["fa3"], "record_sha256", "c" * 64)
+    assert peer("fa3-fwd")[3] == "files cccccccccccccccc"
+
+
+def test_the_knobs_of_fa3_that_were_kept_are_named(evidence, monkeypatch):
+    assert "kept: the default on 31 of 31 problems" in tables.which_fa3(evidence).note
+    row = {"suite": "gate", "problem": "gate-b1", "regime": "spaced", "subject": "fa3"}
+    monkeypatch.setitem(evidence.provenance, "chosen", [{**row, "config": {"num_splits": 2}}])
+    note = tables.which_fa3(evidence).note
+    assert "kept: the default on 30 of 31 problems of grid and gate, num_splits=2 on 1." in note
+
+
+def test_another_environment_than_the_locks_is_listed(evidence, monkeypatch):
+    pinned = environment.pins("cuda")
+    recorded = {"python": "3.12.3", "torch": f"{pinned['torch']}+cu130", "numpy": pinned["numpy"]}
+    monkeypatch.setitem(evidence.provenance, "packages", recorded)
+    assert tables.locks(evidence).rows == [["all", "2 as locked", ""]]
+    monkeypatch.setitem(recorded, "numpy", "2.5.2")
+    assert tables.locks(evidence).rows == [["numpy", "2.5.2", pinned["numpy"]]]
+    assert "Python of the run: 3.12.3" in tables.locks(evidence).note
 
 
 def test_a_device_without_known_peaks_has_no_model(evidence, monkeypatch):

@@ -125,6 +125,17 @@ def pins(lock: str) -> dict[str, str]:
     return dict(line.split()[0].split("==") for line in lines if line and line[0] not in " #")
 
 
+def hashes(lock: str) -> dict[str, list[str]]:
+    """{package: sha256 of each file} that `lock` allows."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in (line for path in lock_files(lock) for line in path.read_text().splitlines()):
+        if line and line[0] not in " #":
+            name = line.split("==")[0]
+        found.setdefault(name, []).extend(re.findall(r"--hash=sha256:([0-9a-f]{64})", line))
+    return found
+
+
 WHEELS = "wheels.json"
 """In an environment's folder: {package: [version, sha256 of its wheel]}. pip itself keeps the hash
 only of what was not taken from an index."""
