@@ -119,6 +119,11 @@ def test_the_stall_breakdown_is_whole():
     parts = [found[f"stall_cycles_{reason}"] for reason in metrics.STALLS]
     assert sum(parts) == pytest.approx(found["stall_cycles_total"])
     assert "selected" in metrics.STALLS
+    assert found["stall_unaccounted"] == pytest.approx(0)
+    kernel = synthetic.kernels_of(PROBLEM, "stage1")[0]
+    less = {**kernel.counters, metrics.stall_counter("barrier"): 0.0}
+    broken = metrics.derive_all(metrics.combine([replace(kernel, counters=less)], PROBLEM, WHERE))
+    assert broken["stall_unaccounted"] > 10
 
 
 @pytest.mark.parametrize("counter", ["dram__bytes.sum", metrics.stall_counter("barrier"),
@@ -159,8 +164,37 @@ def test_without_kernels_there_is_no_call():
 def test_tensor_counters_that_read_zero_give_no_value():
     kernel = synthetic.kernels_of(PROBLEM, "stage1")[0]
     zero = {**kernel.counters, **dict.fromkeys(metrics.TENSOR_OPS, 0.0)}
-    call = metrics.combine([replace(kernel, counters=zero)], PROBLEM, WHERE)
+    call = metrics.combine([replace(kernel, counters=zero, instructions=())], PROBLEM, WHERE)
     assert "masked_work" not in metrics.derive_all(call)
+
+
+def test_tensor_operations_are_counted_in_two_ways():
+    """The counter of the synthetic kernel holds a tenth more than its instructions do."""
+    kernel = synthetic.kernels_of(PROBLEM, "stage1")[0]
+    found = metrics.derive_all(metrics.combine([kernel], PROBLEM, WHERE))
+    assert found["tensor_ops_agreement"] == pytest.approx(1.1)
+    zero = {**kernel.counters, **dict.fromkeys(metrics.TENSOR_OPS, 0.0)}
+    call = metrics.combine([replace(kernel, counters=zero)], PROBLEM, WHERE)
+    assert metrics.derive_all(call)["masked_work"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sass", "flops"),
+    [
+        ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", 2 * 64 * 128 * 16 / 4),
+        ("@P0 HGMMA.64x64x16.F32 R24, R4, gdesc[UR8], R24", 2 * 64 * 64 * 16 / 4),
+        ("HMMA.16816.F32.BF16 R4, R8, R10, R4", 2 * 16 * 8 * 16),
+        ("HADD2 R1, R2, R3", 0),
+    ],
+)
+def test_operations_of_a_matrix_instruction(sass, flops):
+    assert metrics.tensor_ops(synthetic.instruction(sass, 1)) == flops
+
+
+def test_traffic_is_set_against_the_least():
+    found = metrics.derive_all(call_of("stage1"))
+    excess = [found[f"{name}_excess"] for name in ("dram", "l2", "tma")]
+    assert excess == pytest.approx([1.2, 6.0, 5.0])
 
 
 @pytest.mark.parametrize(
@@ -180,6 +214,25 @@ def test_tensor_counters_that_read_zero_give_no_value():
 )
 def test_barriers_are_told_by_their_instruction(sass, kind):
     assert metrics.barrier_kind(synthetic.instruction(sass, 1)) == kind
+
+
+@pytest.mark.parametrize(
+    ("sass", "kind"),
+    [
+        ("BAR.SYNC.DEFER_BLOCKING 0x1, 0x180", "cta"),  # all 384 threads, though they are counted
+        ("BAR.SYNC.DEFER_BLOCKING R7, 0x180 ;", "cta"),
+        ("BAR.SYNC.DEFER_BLOCKING 0x2, 0x100", "named"),
+        ("BAR.SYNC.DEFER_BLOCKING R7, R8", "named"),
+    ],
+)
+def test_a_named_barrier_of_all_threads_is_cta_wide(sass, kind):
+    assert metrics.barrier_kind(synthetic.instruction(sass, 1), 384) == kind
+    assert metrics.barrier_kind(synthetic.instruction(sass, 1)) == "named"
+    kernel = synthetic.kernels_of(PROBLEM, "stage1")[0]
+    barrier = (synthetic.instruction(sass, 1e6),)
+    block = {**kernel.counters, metrics.BLOCK_SIZE: 384.0}
+    call = metrics.combine([replace(kernel, counters=block, instructions=barrier)], PROBLEM, WHERE)
+    assert call.waits[f"executed.{kind}"] == 1e6
 
 
 def test_samples_go_to_the_barrier_that_holds_the_warp():

@@ -8,6 +8,7 @@ import pytest
 import synthetic
 import yaml
 
+from attn_ladder import stage
 from attn_ladder.problem import read_problems
 from attn_profiling import stats, tidy, verdict
 from attn_profiling.stats import Interval
@@ -173,7 +174,7 @@ def tables(control=None, inactive=1.75, hash_is=None, without_dose=WITHOUT_DOSE)
     claims = verdict.read_constraints(synthetic.CONSTRAINTS)
     provenance = {
         "run": "r", "device": "d", "constraints_sha256": [hash_is or claims.sha256],
-        "every_problem": EVERY,
+        "every_problem": EVERY, "predictions_sha256": [claims.predictions_sha256],
     }  # fmt: skip
     return claims, rows, provenance
 
@@ -266,6 +267,118 @@ def test_parts_of_a_suite_are_its_causal_and_its_full_problems(tmp_path, claims)
         verdict.read_constraints(written(tmp_path, claims))
 
 
+def times(off, conclusive=1):
+    """Rows of stage 5 on the grid, each off by so many percent from a prediction of 100 µs."""
+    base = {"suite": "grid", "regime": "spaced", "device": "d"}
+    rows = []
+    for problem in EVERY["grid"][tidy.MINIMUM]:
+        for subject, metric, statistic, value in (
+            ("stage5", "gpu_us", "median", 100 / (1 + off / 100)),
+            ("stage5", "gpu_us", "ci_low", 1.0),
+            ("fa3", "gpu_us", "median", 1.0),
+            ("fa3", "conclusive", "value", conclusive),
+        ):
+            rows.append(
+                {**base, "problem": problem, "subject": subject, "metric": metric,
+                 "statistic": statistic, "value": str(value)}
+            )  # fmt: skip
+    return rows
+
+
+def predictions(device="d"):
+    return [
+        {"device": device, "problem": problem, "subject": "stage5", "predicted_us": "100"}
+        for problem in EVERY["grid"][tidy.MINIMUM]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("off", "device", "conclusive", "said"),
+    [
+        (14.0, "d", 1, SUPPORTED),
+        (-14.0, "d", 1, SUPPORTED),
+        (16.0, "d", 1, REFUTED),
+        (-16.0, "d", 1, REFUTED),
+        (14.0, "another", 1, INCONCLUSIVE),
+        (14.0, "d", 0, INCONCLUSIVE),
+    ],
+)
+def test_the_model_is_judged_by_the_times_it_predicted(off, device, conclusive, said):
+    rows = times(off, conclusive)
+    errors = verdict.prediction_errors(rows, predictions(device))
+    assert by_hypothesis("model-stage5", "grid", [*rows, *errors]) == said
+
+
+def test_a_prediction_made_after_the_run_is_post_hoc():
+    rows = times(14.0)
+    rows += verdict.prediction_errors(rows, predictions())
+    late = by_hypothesis("model-stage5", "grid", rows, predictions_sha256=["0" * 64])
+    assert late == f"{SUPPORTED} (post hoc)"
+    other = by_hypothesis("correct-grid", "grid", checked({}), predictions_sha256=["0" * 64])
+    assert other == INCONCLUSIVE  # what speaks of no prediction is not
+
+
+CONTROLS = [name for name, subject in stage.subjects().items() if subject.kind == "control"]
+
+
+def measurement(constraint, truth, rng):
+    """Rows of FA3 that witness a constraint, whose true value or median over problems is given."""
+    base = {"run": "r", "device": "d", "dtype": "bf16", "regime": "-", "unit": "%"}
+    fa3 = {**base, "subject": "fa3"}
+    if constraint == "launch":
+        drift = 1 + 0.02 * rng.standard_normal(3)
+        drawn = [list(truth * d * (1 + 0.05 * rng.standard_normal(50))) for d in drift]
+        share = stats.median_interval(drawn)
+        numbers = {"median": share.value, "ci_low": share.low, "ci_high": share.high,
+                   "n_processes": 3, "n": share.n}  # fmt: skip
+        at = {**fa3, "suite": "gate", "problem": "gate-b32"}
+        rows = [{**at, "metric": "launch_share", "statistic": k, "value": str(v)}
+                for k, v in numbers.items()]  # fmt: skip
+        return [*rows, {**at, "metric": "conclusive", "statistic": "value", "value": "1"}]
+    metric = {"branching": "inactive_threads", "sync": "samples_cta_barrier",
+              "memory": "stall_memory"}[constraint]  # fmt: skip
+    return [
+        {**fa3, "suite": "profile", "problem": problem, "metric": metric, "statistic": "value",
+         "value": str(truth * math.exp(0.3 * rng.standard_normal()))}
+        for problem in EVERY["profile"][tidy.MINIMUM]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("edge", ["threshold", "margin"])
+def test_the_chance_of_any_false_verdict_on_the_four_constraints(edge):
+    """Every truth lies a hair inside the margin, where neither verdict is true: what is said of any
+    constraint is a false verdict. With Holm at most one experiment in twenty has one."""
+    claims, _, provenance = tables()
+    primary = tuple(h for h in claims.hypotheses if h.role == "primary")
+    only = replace(claims, hypotheses=primary)
+    hair = 1e-9 * (-1 if edge == "threshold" else 1)
+    rng = np.random.default_rng(11)
+    false = alone = 0
+    for _ in range(300):
+        rows = []
+        for h in primary:
+            truth = h.threshold - (h.smallest_effect if edge == "margin" else 0) + hair
+            rows += measurement(h.constraint, truth, rng)
+            rows += [
+                {"suite": "control", "regime": "-", "subject": subject, "problem": "c",
+                 "metric": claims.constraints[h.constraint]["control"]["metric"],
+                 "statistic": "value", "value": str(synthetic.dose(subject, h.constraint))}
+                for subject in CONTROLS
+            ]  # fmt: skip
+        judged = verdict.judge(only, rows, [], provenance)
+        said = {r["verdict"] for r in judged if r["suite"] != "(all)"}
+        assert {r["control"] for r in judged} == {"passed"}
+        false += said != {INCONCLUSIVE}
+        evidence = verdict.Evidence(rows, [], EVERY)
+        alone += any(
+            verdict.decide(evidence.interval(h, suite), h) != INCONCLUSIVE
+            for h in primary
+            for suite in h.suites
+        )
+    assert false / 300 <= 0.05
+    assert alone > 2 * false  # what looking at four claims one by one would have said
+
+
 def test_what_was_not_measured_is_blank_and_inconclusive():
     claims, _, provenance = tables()
     for row in verdict.judge(claims, [], [], provenance):
@@ -289,9 +402,10 @@ def test_the_whole_table_on_a_synthetic_run():
     assert {r["verdict"] for r in rows if r["suite"] == "(all)"} == {REFUTED}
 
 
-def by_hypothesis(name, suite, metrics=(), speedups=()):
+def by_hypothesis(name, suite, metrics=(), speedups=(), **known):
     """The verdict on one hypothesis."""
     claims, _, provenance = tables()
+    provenance |= known
     (hypothesis,) = (h for h in claims.hypotheses if h.id == name)
     only = replace(claims, constraints={}, hypotheses=(replace(hypothesis, suites=(suite,)),))
     (row,) = verdict.judge(only, metrics, speedups, provenance)

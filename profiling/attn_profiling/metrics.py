@@ -9,6 +9,7 @@ ratios.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ TILE_PAIRS = 128 * 128
 """Barriers are counted per 128 x 128 visible score tile, whatever tiles a kernel has itself."""
 
 TIME = "gpu__time_duration.sum"
+BLOCK_SIZE = "launch__block_size"
 ISSUE_ACTIVE = "smsp__issue_active.sum"
 
 STALLS = {
@@ -167,10 +169,13 @@ def _value(counter: str) -> Derive:
 
 
 def _masked_work(call: Call) -> float | None:
-    executed = _sum_over(call, TENSOR_OPS)
-    if not executed:
-        return None
-    return 100 * (1 - call.problem.flops / executed)
+    executed = _sum_over(call, TENSOR_OPS) or call.waits.get("executed.tensor_ops")
+    return 100 * (1 - call.problem.flops / executed) if executed else None
+
+
+def _counted_twice(call: Call) -> float | None:
+    by_instruction = call.waits["executed.tensor_ops"]
+    return _sum_over(call, TENSOR_OPS) / by_instruction if by_instruction else None
 
 
 def _opcode(instruction: Instruction) -> str:
@@ -180,28 +185,44 @@ def _opcode(instruction: Instruction) -> str:
 
 
 LOOK_BACK = 16
+_COUNT = re.compile(r",\s*(0x[0-9a-f]+|\d+)\s*;?\s*$", re.I)
+_WARPGROUP_PRODUCT = re.compile(r"[HQ]GMMA\.(\d+)x(\d+)x(\d+)")
+_WARP_PRODUCTS = {"HMMA.16816": 16 * 8 * 16, "HMMA.1688": 16 * 8 * 8}
 
 
-def barrier_kind(instruction: Instruction) -> str | None:
+def barrier_kind(instruction: Instruction, block_size: float = math.inf) -> str | None:
     """`cta`, `named` or `mbarrier` for an instruction that waits at a barrier, else None.
 
     `BAR.SYNC id` without a thread count takes every thread of the CTA; `BAR.SYNC id, count` takes
-    `count` of them (a named barrier). `SYNCS.PHASECHK…TRYWAIT` is a wait on an mbarrier.
+    `count` of them (a named barrier, unless that is all `block_size` of them).
+    `SYNCS.PHASECHK…TRYWAIT` is a wait on an mbarrier.
     """
     opcode = _opcode(instruction)
     if opcode.startswith(("BAR.SYNC", "BAR.RED")):
-        return "named" if "," in instruction.sass.split(opcode, 1)[1] else "cta"
+        operands = instruction.sass.split(opcode, 1)[1]
+        count = _COUNT.search(operands)
+        whole = "," not in operands or (count and int(count[1], 0) >= block_size)
+        return "cta" if whole else "named"
     if opcode.startswith("SYNCS.PHASECHK") and "TRYWAIT" in opcode:
         return "mbarrier"
     return None
 
 
-def waits_of(instructions: Sequence[Instruction]) -> dict[str, float]:
-    """What a kernel's warps waited for, by machine instruction.
+def tensor_ops(instruction: Instruction) -> float:
+    """Operations that one warp's share of a matrix instruction stands for, else 0."""
+    opcode = _opcode(instruction)
+    if shape := _WARPGROUP_PRODUCT.match(opcode):
+        return 2 * math.prod(map(int, shape.groups())) / 4  # four warps issue it together
+    return 2 * next((n for name, n in _WARP_PRODUCTS.items() if opcode.startswith(name)), 0)
 
-    `executed.<kind>` counts warps at barriers (`barrier_kind`), `samples.<kind>` the samples of
-    warps held by them, `samples.wgmma` those waiting for a matrix product, `samples.memory` those
-    waiting for global memory elsewhere, `samples.total` all.
+
+def waits_of(instructions: Sequence[Instruction], block_size: float = math.inf) -> dict[str, float]:
+    """What a kernel's warps did and waited for, by machine instruction.
+
+    `executed.<kind>` counts warps at barriers (`barrier_kind`), `executed.tensor_ops` operations of
+    matrix products. `samples.<kind>` counts samples of warps held by barriers, `samples.wgmma`
+    those waiting for a matrix product, `samples.memory` those waiting for global memory elsewhere,
+    `samples.total` all.
 
     A sample is found where the warp next needs the barrier to be complete, not at the barrier:
     samples with the reason `barrier` belong to `WARPGROUP.DEPBAR` where they are at one, else to
@@ -209,18 +230,20 @@ def waits_of(instructions: Sequence[Instruction]) -> dict[str, float]:
     are at the branch that follows it, or in the retry loop behind that.
     """
     found = dict.fromkeys(
-        [f"executed.{k}" for k in ("cta", "named", "mbarrier")]
+        [f"executed.{k}" for k in ("cta", "named", "mbarrier", "tensor_ops")]
         + [f"samples.{k}" for k in ("cta", "named", "mbarrier", "wgmma", "memory", "total")],
         0.0,
     )
     opcodes = [_opcode(i) for i in instructions]
-    kinds = [barrier_kind(i) for i in instructions]
+    kinds = [barrier_kind(i, block_size) for i in instructions]
     for n, instruction in enumerate(instructions):
         kind, samples = kinds[n], instruction.samples
+        warps = instruction.threads / WARP_THREADS
+        found["executed.tensor_ops"] += tensor_ops(instruction) * warps
         if kind == "mbarrier":
             found["executed.mbarrier"] += instruction.executed
         elif kind:
-            found[f"executed.{kind}"] += instruction.threads / WARP_THREADS
+            found[f"executed.{kind}"] += warps
         found["samples.total"] += sum(samples.values())
         barrier = samples.get("barrier", 0.0)
         if barrier and opcodes[n].startswith("WARPGROUP.DEPBAR"):
@@ -306,6 +329,8 @@ METRICS: tuple[Metric, ...] = (
            _stall_share(["branch_resolving"]), "branching"),
     Metric("masked_work", "tensor operations outside the visible pairs", "%", TENSOR_OPS,
            _masked_work, "branching"),
+    Metric("tensor_ops_agreement", "tensor operations by counter over those by instruction", "1",
+           TENSOR_OPS, _counted_twice, None, True),
     # launch
     Metric("kernels_per_call", "kernels of a call", "1", (),
            lambda call: float(call.kernels), "launch"),
@@ -351,7 +376,11 @@ METRICS: tuple[Metric, ...] = (
            lambda call: call[_DRAM_BYTES] / call.problem.min_bytes, "memory"),
     Metric("l2_bytes", "L2 traffic", "B", (_L2_BYTES,), _value(_L2_BYTES), "memory"),
     Metric("l2_hit_rate", "L2 sector hit rate", "%", (_L2_HIT,), _value(_L2_HIT), "memory"),
+    Metric("l2_excess", "L2 traffic over the algorithm's minimum", "1", (_L2_BYTES,),
+           lambda call: call[_L2_BYTES] / call.problem.min_bytes, "memory"),
     Metric("tma_bytes", "bytes loaded by TMA", "B", (_TMA,), _value(_TMA), "memory"),
+    Metric("tma_excess", "bytes loaded by TMA over the algorithm's minimum", "1", (_TMA,),
+           lambda call: call[_TMA] / call.problem.min_bytes, "memory"),
     # the whole stall breakdown: with `selected` it is all of a warp's resident time
     *(
         Metric(f"stall_cycles_{reason}", f"warp cycles per issue: {text}", "cycle",
@@ -360,6 +389,9 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("stall_cycles_total", "warp cycles per issue, as ncu sums them", "cycle",
            (STALL_TOTAL,), _value(STALL_TOTAL)),
+    Metric("stall_unaccounted", "warp cycles of ncu's total that no stall reason holds", "%",
+           (*_ALL_STALLS, STALL_TOTAL),
+           lambda call: 100 * (1 - _sum_over(call, _ALL_STALLS) / call[STALL_TOTAL])),
     # pipes, issue and resources
     *(
         Metric(f"{name}_pipe", f"{title} pipe active", "%", (_pipe(name),), _value(_pipe(name)))
@@ -386,7 +418,7 @@ if len(BY_ID) != len(METRICS):
 
 def ncu_metrics() -> list[str]:
     """Counters to name to ncu (`--metrics`), sorted and without repeats."""
-    return sorted({TIME, ISSUE_ACTIVE} | {c for m in METRICS for c in m.counters})
+    return sorted({TIME, ISSUE_ACTIVE, BLOCK_SIZE} | {c for m in METRICS for c in m.counters})
 
 
 def witnesses(constraint: str) -> list[Metric]:
@@ -444,7 +476,10 @@ def combine(kernels: Sequence[Kernel], problem: Problem, where: str) -> Call:
                 )
     waits: dict[str, float] = {}
     for kernel in kernels:
-        for name, value in waits_of(kernel.instructions).items() if kernel.instructions else ():
+        if not kernel.instructions:
+            continue
+        block_size = kernel.counters.get(BLOCK_SIZE, math.inf)
+        for name, value in waits_of(kernel.instructions, block_size).items():
             waits[name] = waits.get(name, 0.0) + value
     return Call(problem, len(kernels), combined, waits, where)
 

@@ -680,7 +680,7 @@ class Tidier:
                         self.notes.append(f"{where}: no counters for single instructions in it")
                     if not any(call.counters.get(c) for c in metrics.TENSOR_OPS):
                         self.notes.append(
-                            f"{where}: tensor operation counters read 0, so masked_work has no row"
+                            f"{where}: tensor operation counters read 0; masked_work counts instructions"
                         )
 
     # -- provenance

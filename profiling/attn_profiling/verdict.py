@@ -35,9 +35,11 @@ COLUMNS = (
 SUPPORTED, REFUTED = "SUPPORTED", "REFUTED"
 PARTLY, INCONCLUSIVE = "PARTLY", "INCONCLUSIVE"
 POST_HOC = " (post hoc)"
+PREDICTIONS = "predictions.csv"
 LEAST = 3
 """Fewer processes, or problems for a counter, decide nothing."""
 ALL_SUITES = "(all)"
+PREDICTION_ERROR = "prediction_error"
 AA = "A/A"
 """Control of a ratio of times: a kernel against itself; its departure from 1 widens intervals."""
 
@@ -87,6 +89,11 @@ class Hypothesis:
         return self.witness["problem"] if self.witness["problem"] in (MINIMUM, SHORTEST) else None
 
     @property
+    def predicts(self) -> bool:
+        """Whether it speaks of the committed predictions."""
+        return bool(self.witness.get("metric") == PREDICTION_ERROR)
+
+    @property
     def regime(self) -> str:
         """The regime it is judged in; counters and host times have none."""
         default = "spaced" if self.witness["kind"] == "speedup" else NO_REGIME
@@ -111,6 +118,7 @@ class Constraints:
     constraints: dict[str, dict[str, Any]]
     hypotheses: tuple[Hypothesis, ...]
     sha256: str
+    predictions_sha256: str | None = None
 
 
 def read_constraints(path: Path) -> Constraints:
@@ -155,7 +163,8 @@ def read_constraints(path: Path) -> Constraints:
             )
     sha256 = record.constraints_sha256(path)
     assert sha256 is not None
-    return Constraints(data["constraints"], hypotheses, sha256)
+    predictions = record.predictions_sha256(path.with_name(PREDICTIONS))
+    return Constraints(data["constraints"], hypotheses, sha256, predictions)
 
 
 def decide(found: Interval | None, hypothesis: Hypothesis, noise_floor: float = 0.0) -> str:
@@ -223,7 +232,7 @@ class Evidence:
     def values(
         self, suite: str, regime: str, subject: str, metric: str, only: str | None = None
     ) -> list[float]:
-        """A metric of every problem of a suite or a part of it (`suite/part`), or of one of them."""
+        """A metric of every problem of a suite or a part of it (`suite/part`), or of one."""
         whole, _, part = suite.partition("/")
         by_problem = self.by_metric.get((whole, regime, subject, metric), {})
         wanted = {only} if only else set(by_problem)
@@ -329,6 +338,29 @@ def read_rows(path: Path) -> list[Row]:
         return list(csv.DictReader(handle))
 
 
+def prediction_errors(metrics: Sequence[Row], predictions: Sequence[Row]) -> list[Row]:
+    """Rows of metrics.csv: by how many percent a predicted time departs from the measured one, on
+    every problem whose A/A pair agreed."""
+    predicted = {
+        (row["device"], row["problem"], row["subject"]): float(row["predicted_us"])
+        for row in predictions
+    }
+    conclusive = {
+        (row["suite"], row["regime"], row["problem"])
+        for row in metrics
+        if row["metric"] == "conclusive" and float(row["value"])
+    }
+    found = []
+    for row in metrics:
+        us = predicted.get((row["device"], row["problem"], row["subject"]))
+        wanted = (row["metric"], row["statistic"], row["regime"]) == ("gpu_us", "median", "spaced")
+        if us and wanted and (row["suite"], row["regime"], row["problem"]) in conclusive:
+            error = 100 * abs(us / float(row["value"]) - 1)
+            changed = {"metric": PREDICTION_ERROR, "unit": "%", "statistic": "value"}
+            found.append({**row, **changed, "value": str(error)})
+    return found
+
+
 def judge(
     constraints: Constraints,
     metrics: Sequence[Row],
@@ -340,7 +372,8 @@ def judge(
     Rows follow the order of constraints.yaml. An effect that was not measured is left blank.
     """
     evidence = Evidence(metrics, speedups, provenance["every_problem"])
-    post_hoc = "" if provenance["constraints_sha256"] == [constraints.sha256] else POST_HOC
+    fixed = provenance["constraints_sha256"] == [constraints.sha256]
+    predicted = provenance.get("predictions_sha256") == [constraints.predictions_sha256]
     controls = {
         name: evidence.control(constraint["control"])
         for name, constraint in constraints.constraints.items()
@@ -372,6 +405,7 @@ def judge(
                 verdict = INCONCLUSIVE
             if is_witness and control != "passed":
                 verdict = INCONCLUSIVE
+            post_hoc = "" if fixed and (predicted or not hypothesis.predicts) else POST_HOC
             if hypothesis.role == "primary":
                 by_constraint.setdefault(hypothesis.constraint, {})[suite] = verdict
             rows.append(_row(provenance, hypothesis, suite, interval, control, verdict + post_hoc))
@@ -386,7 +420,8 @@ def judge(
         wholes = {suite.partition("/")[0] for suite in hypothesis.suites}
         whole = wholes.pop() if len(wholes) == 1 else None
         interval = evidence.interval(hypothesis, whole) if whole else None
-        row = _row(provenance, hypothesis, ALL_SUITES, interval, controls[name], overall + post_hoc)
+        overall += "" if fixed else POST_HOC
+        row = _row(provenance, hypothesis, ALL_SUITES, interval, controls[name], overall)
         rows.append(row)
     return rows
 
@@ -418,9 +453,12 @@ def _row(
 
 def verdicts(metrics: Path, speedups: Path, provenance: Path, constraints: Path) -> str:
     """The text of verdicts.csv from the tidy tables and the claims."""
+    measured = read_rows(metrics)
+    predictions = constraints.with_name(PREDICTIONS)
+    predicted = read_rows(predictions) if predictions.is_file() else []
     rows = judge(
         read_constraints(constraints),
-        read_rows(metrics),
+        [*measured, *prediction_errors(measured, predicted)],
         read_rows(speedups),
         json.loads(provenance.read_text()),
     )
