@@ -255,26 +255,35 @@ def test_zero_doses():
     assert found["control_memory"] == "control_memory.0" and len(found) == 4
 
 
-def test_a_host_pair_that_is_off_makes_its_problem_inconclusive(small):
+@pytest.mark.parametrize("kind", ["fresh_pointer_host_us", "eager_latency_us"])
+def test_a_host_pair_that_is_off_takes_what_is_made_of_it(small, kind):
     def rows(metric, problem):
         return [
             r["value"] for r in read(small).metrics
             if (r["metric"], r["problem"], r["regime"]) == (metric, problem, "-")
         ]  # fmt: skip
 
-    assert rows("conclusive", "gate-b16") == [1] and rows("per_sequence_eager", "gate-b16")
+    assert rows("per_sequence_eager", "gate-b16")
 
     def off(data):
         (entry,) = (e for e in data["problems"] if e["problem"]["id"] == "gate-b16")
         twin = entry["samples"]["fa3#2"]
-        twin["fresh_pointer_host_us"] = [[1.12 * v for v in p] for p in
-                                         twin["fresh_pointer_host_us"]]  # fmt: skip
+        twin[kind] = [[1.12 * v for v in p] for p in twin[kind]]
 
     edit(small / "host" / "gate.json", off)
-    assert rows("conclusive", "gate-b16") == [0] and rows("conclusive", "gate-b32") == [1]
-    assert not rows("per_sequence_eager", "gate-b16") and rows("eager_host_us", "gate-b16")
+    (pair,) = rows(f"aa_{kind}", "gate-b16")
+    assert pair == pytest.approx(1.12, abs=0.01)
+    assert bool(rows("per_sequence_eager", "gate-b16")) == (kind != "eager_latency_us")
+    assert rows("per_sequence_eager", "gate-b32") and rows("eager_host_us", "gate-b16")
     (said,) = read(small).provenance["inconclusive"]
-    assert said["problem"] == "gate-b16" and "fresh_pointer_host_us 1.1" in said["reason"]
+    assert said["problem"] == "gate-b16" and f"{kind} 1.1" in said["reason"]
+
+
+def test_a_metric_of_host_times_needs_the_pairs_it_is_made_of():
+    pairs = {"aa_eager_latency_us": 1.05, "aa_graph_gpu_us": 0.98, "aa_eager_host_us": 1.19}
+    assert tidy.agree(pairs, "launch_share") and not tidy.agree(pairs, "host_over_fa3")
+    assert not tidy.agree(pairs, "launch_share_graph")  # one pair was not measured
+    assert not tidy.agree({**pairs, "aa_eager_latency_us": 0.89}, "launch_share")
 
 
 def report_of(raw, problem="gate-b16"):

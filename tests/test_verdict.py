@@ -334,7 +334,8 @@ def measurement(constraint, truth, rng):
         at = {**fa3, "suite": "gate", "problem": "gate-b32"}
         rows = [{**at, "metric": "launch_share", "statistic": k, "value": str(v)}
                 for k, v in numbers.items()]  # fmt: skip
-        return [*rows, {**at, "metric": "conclusive", "statistic": "value", "value": "1"}]
+        pairs = [f"aa_{kind}" for kind in tidy.HOST_PAIRS["launch_share"]]
+        return rows + [{**at, "metric": pair, "statistic": "value", "value": "1"} for pair in pairs]
     metric = {"branching": "inactive_threads", "sync": "samples_cta_barrier",
               "memory": "stall_memory"}[constraint]  # fmt: skip
     return [
@@ -471,15 +472,16 @@ def test_a_median_needs_no_complete_suite():
 
 
 @pytest.mark.parametrize(
-    ("conclusive", "high", "said"),
+    ("pair", "high", "said"),
     [
-        (1, 0.3, SUPPORTED),
-        (1, 0.6, INCONCLUSIVE),
-        (0, 0.3, INCONCLUSIVE),
-        (None, 0.3, INCONCLUSIVE),
+        ({"eager_host_us": 1.05, "graph_latency_us": 1.3}, 0.3, SUPPORTED),
+        ({"eager_host_us": 1.05}, 0.6, INCONCLUSIVE),
+        ({"eager_host_us": 1.15}, 0.3, INCONCLUSIVE),
+        ({"graph_latency_us": 1.0}, 0.3, INCONCLUSIVE),
+        ({}, 0.3, INCONCLUSIVE),
     ],
 )
-def test_a_host_time_needs_its_pair_and_its_interval(conclusive, high, said):
+def test_a_host_time_needs_its_pair_and_its_interval(pair, high, said):
     base = {"suite": "gate", "regime": "-", "problem": "gate-b16"}
     values = {"median": 0.281, "ci_low": 0.26, "ci_high": high, "n_processes": 3, "n": 900}
     rows = [
@@ -487,7 +489,14 @@ def test_a_host_time_needs_its_pair_and_its_interval(conclusive, high, said):
          "value": str(value)}
         for statistic, value in values.items()
     ]  # fmt: skip
-    if conclusive is not None:
-        rows.append({**base, "subject": "fa3", "metric": "conclusive", "statistic": "value",
-                     "value": str(conclusive)})  # fmt: skip
+    rows += [
+        {
+            **base,
+            "subject": "fa3",
+            "metric": f"aa_{kind}",
+            "statistic": "value",
+            "value": str(ratio),
+        }
+        for kind, ratio in pair.items()
+    ]
     assert by_hypothesis("host-cost", "gate", rows) == said

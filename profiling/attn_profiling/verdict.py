@@ -15,7 +15,15 @@ import yaml
 
 from attn_profiling import record, stats
 from attn_profiling.stats import Interval
-from attn_profiling.tidy import MINIMUM, NO_REGIME, SHORTEST, csv_text, zero_doses
+from attn_profiling.tidy import (
+    HOST_PAIRS,
+    MINIMUM,
+    NO_REGIME,
+    SHORTEST,
+    agree,
+    csv_text,
+    zero_doses,
+)
 
 COLUMNS = (
     "run",
@@ -223,6 +231,10 @@ class Evidence:
             by_problem[problem] = values
         keys = ("suite", "regime", "subject", "peer", "problem")
         self.speedups = {tuple(row[c] for c in keys): row for row in speedups}
+        self.host_pairs: dict[tuple[str, str], dict[str, float]] = {}
+        for (suite, regime, _, metric, problem), values in self.metrics.items():
+            if metric.startswith("aa_") and regime == NO_REGIME:
+                self.host_pairs.setdefault((suite, problem), {})[metric] = values["value"]
         self.conclusive = {
             (suite, regime, problem)
             for (suite, regime, _, metric, problem), values in self.metrics.items()
@@ -261,6 +273,8 @@ class Evidence:
             return bool(needed) and all(self._has(witness, suite, regime, p) for p in needed)
         if witness["kind"] == "counter" or witness["problem"].startswith("("):
             return True
+        if witness.get("metric") in HOST_PAIRS:
+            return agree(self.host_pairs.get((suite, witness["problem"]), {}), witness["metric"])
         return (suite, regime, witness["problem"]) in self.conclusive
 
     def _has(self, witness: Mapping[str, Any], suite: str, regime: str, problem: str) -> bool:
