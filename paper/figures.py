@@ -144,7 +144,7 @@ def two_clocks(evidence: Evidence) -> Any:
     figure = _over_grid(evidence, _shown(evidence), excess, "events − activity (µs)")
     for axes in figure.axes:
         axes.ticklabel_format(axis="y", useOffset=False)
-    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[0].set_ylim(0, 1.08 * figure.axes[0].get_ylim()[1])
     return figure
 
 

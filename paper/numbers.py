@@ -129,7 +129,8 @@ def numbers(evidence: Evidence) -> dict[str, str]:
     put(escape(provenance["started"][:10]), "started")
     for name in ("driver", "cuda", "torch", "triton", "ncu"):
         put(escape(str(content[name] or "absent")), name, "version")
-    for name in ("processes", "rounds", "gap_us", "max_attempts", "host_calls"):
+    for name in ("processes", "rounds", "gap_us", "max_attempts", "host_calls",
+                 "sustained_ms", "sustained_bursts"):  # fmt: skip
         put(f"{measuring[name]:g}" if name in measuring else MISSING, "measuring", name)
     put(f"{100 * measuring.get('aa_tolerance', 0.01):g}", "measuring tolerance percent")
     put(str(len(evidence.suite("grid"))), "grid problems")

@@ -14,7 +14,7 @@ EVIDENCE = [
 ]
 TABLES = expand(
     "paper/generated/{name}.tex",
-    name="grid grid_fp16 ladder variants which_fa3 locks published constraints verdicts criteria witnesses stalls host regimes"
+    name="grid grid_fp16 grid_stages ladder variants which_fa3 locks published constraints verdicts criteria witnesses stalls host regimes"
     " roofline prediction predictions checks left_out stages".split(),
 )
 FIGURES = expand(

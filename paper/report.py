@@ -24,7 +24,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = (
     ("The constraints", ("constraints", "verdicts"), ("branching", "launch", "sync", "memory",
                                                       "controls")),
-    ("Speed", ("grid", "grid_fp16"), ("grid", "ratio")),
+    ("Speed", ("grid", "grid_stages", "grid_fp16"), ("grid", "ratio")),
     ("The ladder and its gates", ("ladder", "variants", "criteria"), ()),
     ("Which FA3 this is", ("which_fa3", "published", "locks"), ()),
     ("The model", ("prediction", "predictions", "roofline"), ("prediction",)),
@@ -38,6 +38,7 @@ TITLES = {
     "verdicts": "Every hypothesis about them",
     "grid": "The grid, bf16",
     "grid_fp16": "The grid, fp16",
+    "grid_stages": "Every stage on the grid",
     "ladder": "The ladder on the gate problem",
     "variants": "What a part is worth",
     "criteria": "Gates and success criteria",

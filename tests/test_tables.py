@@ -99,11 +99,27 @@ def test_which_fa3_says_what_is_known_of_the_build(evidence, monkeypatch):
 
 
 def test_the_knobs_of_fa3_that_were_kept_are_named(evidence, monkeypatch):
-    assert "kept: the default on 31 of 31 problems" in tables.which_fa3(evidence).note
+    def kept():
+        return tables.which_fa3(evidence).rows[-1][2]
+
+    assert kept() == "the default on 31 of 31 problems of grid and gate"
     row = {"suite": "gate", "problem": "gate-b1", "regime": "spaced", "subject": "fa3"}
     monkeypatch.setitem(evidence.provenance, "chosen", [{**row, "config": {"num_splits": 2}}])
-    note = tables.which_fa3(evidence).note
-    assert "kept: the default on 30 of 31 problems of grid and gate, num_splits=2 on 1." in note
+    assert kept() == "the default on 30 of 31 problems of grid and gate, num_splits=2 on 1"
+
+
+def test_fa3_here_stands_beside_fa3_as_published(evidence, empty):
+    rows = {row[0]: row[2] for row in tables.which_fa3(evidence).rows}
+    found = rows["FA3 here over FA3 as published, spaced"]
+    assert re.fullmatch(r"[01]\.\d\d \([01]\.\d\d to [12]\.\d\d, 23 problems\)", found)
+    rows = {row[0]: row[2] for row in tables.which_fa3(empty).rows}
+    assert rows["FA3 here over FA3 as published, spaced"] == "not measured"
+
+
+def test_every_stage_stands_on_the_grid(evidence):
+    rows = tables.grid_stages(evidence).rows
+    assert len(rows) == 26 and rows[-2][1] == "median"
+    assert rows[-2][3].startswith("0.45 [") and rows[-2][-1].startswith("1.16 [")
 
 
 def test_another_environment_than_the_locks_is_listed(evidence, monkeypatch):
