@@ -42,7 +42,7 @@ container:
 
 test:
 	@$(SETUP) --without-gpu cpu --tex try
-	$(VENV)/bin/python -m pytest $(PYTEST)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
 
 lint:
 	@$(SETUP)
