@@ -14,6 +14,7 @@ import pytest
 CASES = {
     "contiguous": (90, 128, 1, False, 0, True),
     "append to pages of 16": (90, 128, 1, True, 16, True),
+    "pages of 256": (90, 128, 1, False, 256, True),
     "sm_80": (80, 64, 1, False, 0, True),
     "strides unknown": (90, 64, 1, False, 0, False),
 }
@@ -35,7 +36,7 @@ def compile_case(sm: int, headdim: int, seqlen_q: int, append: bool, page: int, 
     values = {
         "SPLIT": True, "GROUP": GROUP, "MODE": decode.CACHE, "CAUSAL": True,
         "INDEXED": False, "APPEND": append, "PAGE_SIZE": page, "BLOCK_M": config.BLOCK_M,
-        "BLOCK_N": config.BLOCK_N, "HEADDIM": headdim,
+        "BLOCK_N": config.BLOCK_N, "LANES": config.lanes, "HEADDIM": headdim,
     }  # fmt: skip
     types = {f"{x}_ptr": "*bf16" for x in ("q", "k", "v", "k_new", "v_new", "out")}
     types |= {f"{x}_ptr": "*fp32" for x in ("lse", "partial", "partial_lse")}
@@ -49,7 +50,8 @@ def compile_case(sm: int, headdim: int, seqlen_q: int, append: bool, page: int, 
         {(names.index(n),): value for n, value in values.items()},
         {(names.index(n),): [["tt.divisibility", 16]] for n in wide},
     )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    num_stages = 2 * config.num_stages - 1 if page else config.num_stages
+    options = {"num_warps": config.num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     log, sass = assemble(compiled.asm["ptx"], {90: "sm_90a", 80: "sm_80"}[sm])
     registers, spill_bytes, _ = read_ptxas(log)
@@ -77,6 +79,12 @@ def reports() -> dict:
 def test_keys_are_copied_128_bits_at_a_time_without_spills(reports, name):
     assert reports[name]["spill_bytes"] == 0
     assert reports[name]["copies_128"] >= 32
+
+
+def test_pages_are_as_deep_in_flight_as_a_contiguous_cache(reports):
+    # page numbers are in flight too, and a tile of one buffer would need half as much
+    contiguous = reports["contiguous"]["shared"]
+    assert contiguous <= reports["pages of 256"]["shared"] <= 1.05 * contiguous
 
 
 def test_two_blocks_of_threads_fit_on_an_sm(reports):

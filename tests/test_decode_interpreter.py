@@ -35,11 +35,17 @@ RAGGED = {
 }
 
 
-def cases(wrong: bool) -> dict:
-    """Every case against the reference; `wrong` plants a length that is too short by one."""
+LANES = ("grouped", "append several, see them in turn", "pages of 16", "more queries than keys")
+
+
+def cases(wrong: bool, lanes: int = 1) -> dict:
+    """Every case against the reference; `wrong` plants a length that is too short by one, `lanes`
+    deals the keys to so many groups of warps."""
+    import dataclasses
+
     import torch
 
-    from attn_ladder import attention_varlen, attention_with_kvcache
+    from attn_ladder import attention_varlen, attention_with_kvcache, decode
     from attn_ladder.reference import attention_reference, error_bound
 
     nan = float("nan")
@@ -59,6 +65,10 @@ def cases(wrong: bool) -> dict:
 
     done = {}
     chosen = {"grouped": CASES["grouped"]}.items() if wrong else CASES.items()
+    if lanes > 1:
+        chosen = [(name, CASES[name]) for name in LANES]
+        plan = decode.plan
+        decode.plan = lambda *a: dataclasses.replace(plan(*a), lanes=lanes)
     for name, (dtype, lens, capacity, sq, new, h, hk, d, causal, page, rows) in chosen:
         torch.manual_seed(0)
         kind = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
@@ -105,7 +115,7 @@ def cases(wrong: bool) -> dict:
         stored = stored and torch.equal(v_cache.nan_to_num(9.0), v_want.nan_to_num(9.0))
         done[name] = all(good) and stored
 
-    for name, (lens_q, lens_k, h, hk, d, causal) in {} if wrong else RAGGED.items():
+    for name, (lens_q, lens_k, h, hk, d, causal) in {} if wrong or lanes > 1 else RAGGED.items():
         torch.manual_seed(0)
         q, k = torch.randn(sum(lens_q), h, d), torch.randn(sum(lens_k), hk, d)
         v = torch.randn(sum(lens_k), hk, d)
@@ -250,6 +260,11 @@ def test_matches_the_reference(outcome, name):
     assert outcome[name]
 
 
+def test_keys_dealt_to_warps_match_the_reference():
+    done = run("lanes")
+    assert set(done) == set(LANES) and all(done.values()), done
+
+
 def test_a_length_too_short_by_one_is_caught():
     assert not any(run("wrong").values())
 
@@ -302,7 +317,7 @@ def test_a_bad_range_gives_nan(flagged, name):
 
 if __name__ == "__main__":
     what = sys.argv[1]
-    if what in ("cases", "wrong"):
-        print(json.dumps(cases(what == "wrong")))
+    if what in ("cases", "wrong", "lanes"):
+        print(json.dumps(cases(what == "wrong", 4 if what == "lanes" else 1)))
     else:
         print(json.dumps({"invariance": invariance, "errors": errors}[what]()))

@@ -54,7 +54,8 @@ TARGET_CTAS = 512  # per sequence, at most: four for each of 132 SMs
 @dataclass(frozen=True)
 class Config:
     """Tile of BLOCK_M packed query rows × BLOCK_N keys, `num_warps` warps, `num_stages` blocks in
-    flight; a sequence is cut into at most `max_splits` splits of at least `min_split` keys."""
+    flight; a sequence is cut into at most `max_splits` splits of at least `min_split` keys. The
+    keys of a block are dealt to `lanes` groups of warps that meet at the end of the split only."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -62,6 +63,7 @@ class Config:
     num_stages: int
     max_splits: int
     min_split: int
+    lanes: int = 1
 
     def __post_init__(self) -> None:
         for name in ("BLOCK_M", "BLOCK_N"):
@@ -71,6 +73,11 @@ class Config:
         if self.min_split < 1 or self.min_split % self.BLOCK_N:
             raise ValueError(
                 f"min_split={self.min_split} must be a multiple of BLOCK_N={self.BLOCK_N}"
+            )
+        if self.lanes < 1 or self.num_warps % self.lanes or self.BLOCK_N // self.lanes < 16:
+            raise ValueError(
+                f"lanes={self.lanes} must divide num_warps={self.num_warps} and leave each at "
+                f"least 16 of BLOCK_N={self.BLOCK_N} keys"
             )
         if self.max_splits < 1:
             raise ValueError(f"max_splits={self.max_splits} must be at least 1")
@@ -167,9 +174,9 @@ def offsets_of(
     table_ptr, start_n, offs_n, inside, num_pages, k_step, v_step, k_page_step, v_page_step,
     PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Where key rows lie: offsets of K and V [BLOCK_N], which of `inside` may be read, which of
-    them have a bad page."""
-    bad = tl.zeros([BLOCK_N], tl.int32)
+    """Where key rows lie: offsets of K and V, which of `inside` may be read, which of them have a
+    bad page; all in the shape of offs_n."""
+    bad = tl.zeros_like(offs_n)
     if PAGE_SIZE == 0:
         rows = offs_n.to(tl.int64)
         return rows * k_step, rows * v_step, inside, bad
@@ -191,51 +198,55 @@ def offsets_of(
 
 @triton.jit
 def key_block(
-    acc, m_i, l_i, bad, q, k_ptr, v_ptr, k_new_ptr, v_new_ptr, table_ptr, start_n, rows_seen,
+    acc, m_i, l_i, bad, q, k_ptr, v_ptr, k_new_ptr, v_new_ptr, table_ptr, start_n, place, rows_seen,
     stored, length, num_pages, k_step, v_step, k_page_step, v_page_step, k_new_step, v_new_step,
     qk_scale, MASKED: tl.constexpr, APPEND: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over BLOCK_N keys; row m sees the keys below rows_seen[m]."""
-    offs_n = start_n + tl.arange(0, BLOCK_N)
+    """One step of the online softmax over BLOCK_N keys; row m sees the keys below rows_seen[m].
+
+    `place` numbers the keys, [BLOCK_N] or [LANES, BLOCK_N / LANES]; with lanes all else has that
+    dimension in front, too.
+    """
+    offs_n = start_n + place
     offs_d = tl.arange(0, HEADDIM)
     k_offs, v_offs, readable, bad_page = offsets_of(
         table_ptr, start_n, offs_n, offs_n < stored, num_pages,
         k_step, v_step, k_page_step, v_page_step, PAGE_SIZE, BLOCK_N,
     )  # fmt: skip
-    k_ptrs = k_ptr + k_offs[:, None] + offs_d[None, :]
-    v_ptrs = v_ptr + v_offs[:, None] + offs_d[None, :]
-    fresh = (offs_n >= stored) & (offs_n < length)
+    k_ptrs = k_ptr + tl.expand_dims(k_offs, -1) + offs_d
+    v_ptrs = v_ptr + tl.expand_dims(v_offs, -1) + offs_d
+    readable = tl.expand_dims(readable, -1)
+    if MASKED and APPEND:
+        fresh = tl.expand_dims((offs_n >= stored) & (offs_n < length), -1)
+        new_rows = tl.expand_dims((offs_n - stored).to(tl.int64), -1)
     if MASKED or PAGE_SIZE != 0:
         bad = bad | bad_page
-        k = tl.load(k_ptrs, mask=readable[:, None], other=0.0)  # [BLOCK_N, HEADDIM]
+        k = tl.load(k_ptrs, mask=readable, other=0.0)  # [BLOCK_N, HEADDIM]
     else:
         k = tl.load(k_ptrs)
     if MASKED and APPEND:
-        new_ptrs = k_new_ptr + (offs_n - stored).to(tl.int64)[:, None] * k_new_step
-        k = tl.where(
-            fresh[:, None], tl.load(new_ptrs + offs_d[None, :], mask=fresh[:, None], other=0.0), k
-        )
+        new_ptrs = k_new_ptr + new_rows * k_new_step + offs_d
+        k = tl.where(fresh, tl.load(new_ptrs, mask=fresh, other=0.0), k)
     scores = tl.dot(q, tl.trans(k)) * qk_scale  # [BLOCK_M, BLOCK_N]
     if MASKED:
-        scores = tl.where(offs_n[None, :] < rows_seen[:, None], scores, float("-inf"))
-    m_next = tl.maximum(m_i, tl.max(scores, 1))
+        seen = tl.expand_dims(offs_n, -2) < tl.expand_dims(rows_seen, -1)
+        scores = tl.where(seen, scores, float("-inf"))
+    m_next = tl.maximum(m_i, tl.max(scores, -1))
     m_safe = m_next
     if MASKED:
         m_safe = tl.where(m_next == float("-inf"), 0.0, m_next)  # a row without a key so far
-    p = tl.exp2(scores - m_safe[:, None])
+    p = tl.exp2(scores - tl.expand_dims(m_safe, -1))
     alpha = tl.exp2(m_i - m_safe)
-    l_i = l_i * alpha + tl.sum(p, 1)
+    l_i = l_i * alpha + tl.sum(p, -1)
     if MASKED or PAGE_SIZE != 0:
-        v = tl.load(v_ptrs, mask=readable[:, None], other=0.0)
+        v = tl.load(v_ptrs, mask=readable, other=0.0)
     else:
         v = tl.load(v_ptrs)
     if MASKED and APPEND:
-        new_ptrs = v_new_ptr + (offs_n - stored).to(tl.int64)[:, None] * v_new_step
-        v = tl.where(
-            fresh[:, None], tl.load(new_ptrs + offs_d[None, :], mask=fresh[:, None], other=0.0), v
-        )
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+        new_ptrs = v_new_ptr + new_rows * v_new_step + offs_d
+        v = tl.where(fresh, tl.load(new_ptrs, mask=fresh, other=0.0), v)
+    acc = tl.dot(p.to(v.dtype), v, acc * tl.expand_dims(alpha, -1))
     return acc, m_next, l_i, bad
 
 
@@ -277,7 +288,7 @@ def split_kernel(
     nheads_k, qk_scale,
     SPLIT: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr, CAUSAL: tl.constexpr,
     INDEXED: tl.constexpr, APPEND: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, LANES: tl.constexpr, HEADDIM: tl.constexpr,
 ):  # fmt: skip
     head_k = tl.program_id(0) % nheads_k  # heads first: neighbours in memory are read together
     split = tl.program_id(0) // nheads_k % num_splits
@@ -315,10 +326,18 @@ def split_kernel(
     v_new_ptr += batch.to(tl.int64) * stride_v_new_b + head_k.to(tl.int64) * stride_v_new_h
     table_ptr += batch.to(tl.int64) * stride_tb
 
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, HEADDIM], tl.float32)
-    bad = tl.zeros([BLOCK_N], tl.int32)
+    if LANES == 1:
+        place = tl.arange(0, BLOCK_N)
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        acc = tl.zeros([BLOCK_M, HEADDIM], tl.float32)
+    else:  # each warp its own keys, so that no warp waits for another one's scores
+        SHARE: tl.constexpr = BLOCK_N // LANES
+        place = tl.arange(0, LANES)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+        q = tl.broadcast_to(q[None, :, :], [LANES, BLOCK_M, HEADDIM])
+        m_i = tl.full([LANES, BLOCK_M], float("-inf"), tl.float32)
+        acc = tl.zeros([LANES, BLOCK_M, HEADDIM], tl.float32)
+    l_i = tl.zeros_like(m_i)
+    bad = tl.zeros_like(place)
 
     # keys below `interior` are stored and seen by every row of the tile
     stop = tl.minimum(start + keys, length)
@@ -330,7 +349,7 @@ def split_kernel(
     for start_n in range(start, interior, BLOCK_N):
         acc, m_i, l_i, bad = key_block(
             acc, m_i, l_i, bad, q, k_ptr, v_ptr, k_new_ptr, v_new_ptr, table_ptr, start_n,
-            rows_seen, stored, length, num_rows, stride_kn, stride_vn, stride_kb,
+            place, rows_seen, stored, length, num_rows, stride_kn, stride_vn, stride_kb,
             stride_vb, stride_k_new_n, stride_v_new_n, qk_scale,
             False, APPEND, PAGE_SIZE, BLOCK_N, HEADDIM,
         )  # fmt: skip
@@ -338,24 +357,32 @@ def split_kernel(
     for start_n in tl.range(interior, end, BLOCK_N, num_stages=2):
         acc, m_i, l_i, bad = key_block(
             acc, m_i, l_i, bad, q, k_ptr, v_ptr, k_new_ptr, v_new_ptr, table_ptr, start_n,
-            rows_seen, stored, length, num_rows, stride_kn, stride_vn, stride_kb,
+            place, rows_seen, stored, length, num_rows, stride_kn, stride_vn, stride_kb,
             stride_vb, stride_k_new_n, stride_v_new_n, qk_scale,
             True, APPEND, PAGE_SIZE, BLOCK_N, HEADDIM,
         )  # fmt: skip
+    bad_pages = tl.max(bad)
     if APPEND:
         if tile == 0:
             first_new = start + tl.maximum(0, stored - start) // BLOCK_N * BLOCK_N
             for start_n in range(first_new, stop, BLOCK_N):
-                bad = bad | append_block(
+                bad_here = append_block(
                     k_ptr, v_ptr, k_new_ptr, v_new_ptr, table_ptr, start_n, stop, stored,
                     num_rows, stride_kn, stride_vn, stride_kb, stride_vb,
                     stride_k_new_n, stride_v_new_n, PAGE_SIZE, BLOCK_N, HEADDIM,
                 )  # fmt: skip
+                bad_pages = bad_pages | tl.max(bad_here)
     if PAGE_SIZE != 0:
-        if tl.max(bad, 0) != 0:
+        if bad_pages != 0:
             tl.atomic_or(error_ptr, 2)
             error = 2
 
+    if LANES > 1:
+        m_all = tl.max(m_i, 0)
+        weight = tl.exp2(m_i - tl.where(m_all == float("-inf"), 0.0, m_all)[None, :])
+        l_i = tl.sum(l_i * weight, 0)
+        acc = tl.sum(acc * weight[:, :, None], 0)
+        m_i = m_all
     empty = l_i == 0.0
     poison = tl.where(error != 0, float("nan"), 0.0)
     acc = acc / tl.where(empty, 1.0, l_i)[:, None] + poison
@@ -530,6 +557,8 @@ def launch(
     new_k, new_v = (k, v) if k_new is None or v_new is None else (k_new, v_new)
     bound_args = (bounds, bounds if index is None else index)
     out_strides = (*strides(out), 0 if ragged else lse.stride(0), lse.stride(-2))
+    # the pipeliner halves the depth where the address of a load is loaded itself
+    num_stages = 2 * config.num_stages - 1 if page_size else config.num_stages
     splitting = (config.max_splits, config.min_split)
     policy = {
         "MODE": mode, "CAUSAL": causal, "INDEXED": index is not None and not ragged,
@@ -543,8 +572,8 @@ def launch(
         0 if block_table is None else block_table.stride(0),
         seqlen_q, longest, seqlen_new, capacity, num_rows, num_splits, *splitting, nheads_k,
         scale * LOG2_E, SPLIT=num_splits > 1, GROUP=group, APPEND=k_new is not None,
-        PAGE_SIZE=page_size, BLOCK_M=config.BLOCK_M, num_warps=config.num_warps,
-        num_stages=config.num_stages, **policy,
+        PAGE_SIZE=page_size, BLOCK_M=config.BLOCK_M, LANES=config.lanes, num_warps=config.num_warps,
+        num_stages=num_stages, **policy,
     )  # fmt: skip
     if num_splits > 1:
         combine_kernel[(batch * seqlen_q * nheads,)](

@@ -1005,20 +1005,21 @@ def tune_configs(shape: Shape) -> dict[str, Any]:
     from attn_ladder.decode import plan
 
     base = plan(1, shape.nheads, shape.nheads_k, shape.headdim)
-    tiles = [(base.BLOCK_N, base.num_warps, base.num_stages)]
-    for block_n, warps, stages in (
-        (32, 4, 4), (32, 2, 4), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 2, 3), (64, 8, 3),
-        (128, 4, 2), (128, 4, 3), (128, 8, 2), (128, 8, 3),
+    tiles = [(base.BLOCK_N, base.num_warps, base.num_stages, base.lanes)]
+    for block_n, warps, stages, lanes in (
+        (64, 4, 3, 1), (64, 4, 4, 1), (128, 4, 3, 1), (128, 8, 3, 1),
+        (64, 4, 2, 4), (64, 4, 3, 4), (64, 4, 4, 4), (64, 4, 5, 4), (64, 8, 4, 4), (32, 2, 4, 2),
+        (32, 2, 6, 2), (128, 4, 2, 4), (128, 4, 3, 4), (128, 8, 2, 8), (128, 8, 3, 8),
     ):  # fmt: skip
-        if stages * block_n * shape.headdim * 4 <= 200 * 1024:
-            tiles.append((block_n, warps, stages))
+        if (stages - 1) * block_n * shape.headdim * 4 <= 200 * 1024:
+            tiles.append((block_n, warps, stages, lanes))
     policies = [(base.max_splits, base.min_split)]
     for max_splits in (16, 32, 64, 128):
         for min_split in (64, 128, 256, 512):
             policies.append((max_splits, min_split))
     # a policy is told from another only by the length of a split
     configs: dict[str, Any] = {}
-    for block_n, warps, stages in dict.fromkeys(tiles):
+    for block_n, warps, stages, lanes in dict.fromkeys(tiles):
         seen = set()
         for max_splits, min_split in policies:
             if min_split % block_n:
@@ -1028,9 +1029,10 @@ def tune_configs(shape: Shape) -> dict[str, Any]:
             if keys in seen:
                 continue
             seen.add(keys)
-            configs[f"n{block_n}-w{warps}-s{stages}-split{keys}"] = dataclasses.replace(
+            name = f"n{block_n}-w{warps}-s{stages}-l{lanes}-split{keys}"
+            configs[name] = dataclasses.replace(
                 base, BLOCK_N=block_n, num_warps=warps, num_stages=stages, max_splits=max_splits,
-                min_split=min_split,
+                min_split=min_split, lanes=lanes,
             )  # fmt: skip
     return configs
 
@@ -1073,7 +1075,7 @@ def warm(pool: Pool, shapes: list[Shape], pages: bool, tune: bool) -> list[str]:
             task = ours(pool, shape, page)
             tasks[kind, page] = lambda task=task: task(0)  # type: ignore[misc]
         for config in tune_configs(shape).values() if tune else ():
-            key = (config.BLOCK_N, config.num_warps, config.num_stages)
+            key = (config.BLOCK_N, config.num_warps, config.num_stages, config.lanes)
             split = shape.length > config.min_split
             task = with_config(pool, shape, config)
             tasks[kind, key, split] = lambda task=task: task(0)  # type: ignore[misc]
