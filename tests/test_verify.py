@@ -8,7 +8,7 @@ import pytest
 import synthetic
 from typer.testing import CliRunner
 
-from attn_profiling import verify
+from attn_profiling import verdict, verify
 from attn_profiling.cli import app
 from attn_profiling.verify import NotComparable, judge
 
@@ -87,6 +87,57 @@ def test_a_slow_down_that_noise_hides_is_ambiguous_never_a_pass(recorded, tmp_pa
 )
 def test_the_interval_decides(low, high, verdict):
     assert judge(low, high, 0.025) == verdict
+
+
+CLAIMS = verdict.read_constraints(synthetic.CONSTRAINTS)
+NCU, HOST = ("ncu", "profile"), ("host", "gate")
+
+
+def rows(said, effect, name="sync-held"):
+    """Rows of verdicts.csv in which one hypothesis is decided and nothing else was measured."""
+    return [
+        {
+            "effect": effect if h.id == name else "",
+            "verdict": said if h.id == name else "INCONCLUSIVE",
+        }
+        for h in CLAIMS.hypotheses
+        for _ in h.suites
+    ] + [{"effect": "", "verdict": "INCONCLUSIVE"}] * len(CLAIMS.constraints)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "measured", "said"),
+    [
+        (("REFUTED", 0.3), ("REFUTED", 0.9), [NCU], ["PASS"]),
+        (("REFUTED (post hoc)", 0.3), ("REFUTED", 0.9), [NCU], ["PASS"]),
+        (("REFUTED", 0.3), ("SUPPORTED", 2.3), [NCU], ["FAIL"]),
+        (("SUPPORTED", 2.3), ("REFUTED", 0.3), [NCU], ["FAIL"]),
+        (("REFUTED", 0.3), ("INCONCLUSIVE", 0.7), [NCU], ["PASS"]),  # moved by less than 0.5
+        (("REFUTED", 0.3), ("INCONCLUSIVE", 1.7), [NCU], ["AMBIGUOUS"]),
+        (("INCONCLUSIVE", 1.7), ("REFUTED", 0.3), [NCU], ["AMBIGUOUS"]),
+        (("REFUTED", 0.3), ("INCONCLUSIVE", ""), [NCU, HOST], ["AMBIGUOUS"]),
+        (("REFUTED", 0.3), ("INCONCLUSIVE", ""), [HOST], []),  # the fresh run did not ask
+        (("INCONCLUSIVE", ""), ("REFUTED", 0.3), [NCU], []),
+    ],
+)
+def test_what_the_counters_say_is_compared(then, now, measured, said):
+    claims = verify.compare_verdicts(CLAIMS, rows(*now), rows(*then), measured)
+    assert [c.verdict for c in claims] == said
+    assert all(c.claim == "sync-held, profile" for c in claims)
+
+
+def test_ratios_of_times_are_compared_as_ratios_only():
+    known = rows("SUPPORTED", 1.2, name="gate-5")
+    assert verify.compare_verdicts(CLAIMS, known, known, [("timing", "gate")]) == []
+
+
+def test_a_witness_that_turned_is_found_in_the_raw_files(recorded, tmp_path):
+    """Batch 1 takes six times as long in one run as in the other."""
+    run = slowed(make(tmp_path, 2), "stage3", 6, lambda name: name == "gate-b1")
+    claims = {c.claim: c.verdict for c in verify.verify(run, recorded)}
+    assert claims["launch-gain-gpu, gate"] == "FAIL"
+    same = {c.claim: c.verdict for c in verify.verify(recorded, recorded)}
+    assert same["launch-gain-gpu, gate"] == "PASS"
 
 
 def test_what_no_longer_passes_the_gate_fails(recorded, tmp_path):

@@ -51,7 +51,7 @@ PREDICTION_ERROR = "prediction_error"
 AA = "A/A"
 """Control of a ratio of times: a kernel against itself; its departure from 1 widens intervals."""
 
-Row = dict[str, str]
+Row = Mapping[str, Any]
 
 
 class ConstraintsError(ValueError):
@@ -364,7 +364,7 @@ def prediction_errors(metrics: Sequence[Row], predictions: Sequence[Row]) -> lis
         for row in metrics
         if row["metric"] == "conclusive" and float(row["value"])
     }
-    found = []
+    found: list[Row] = []
     for row in metrics:
         us = predicted.get((row["device"], row["problem"], row["subject"]))
         wanted = (row["metric"], row["statistic"], row["regime"]) == ("gpu_us", "median", "spaced")
@@ -465,15 +465,19 @@ def _row(
     }
 
 
+def judge_tables(
+    constraints: Path,
+    metrics: Sequence[Row],
+    speedups: Sequence[Row],
+    provenance: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """`judge` by the claims in a file, with the error of the predictions beside it."""
+    path = constraints.with_name(PREDICTIONS)
+    predicted = prediction_errors(metrics, read_rows(path) if path.is_file() else [])
+    return judge(read_constraints(constraints), [*metrics, *predicted], speedups, provenance)
+
+
 def verdicts(metrics: Path, speedups: Path, provenance: Path, constraints: Path) -> str:
     """The text of verdicts.csv from the tidy tables and the claims."""
-    measured = read_rows(metrics)
-    predictions = constraints.with_name(PREDICTIONS)
-    predicted = read_rows(predictions) if predictions.is_file() else []
-    rows = judge(
-        read_constraints(constraints),
-        [*measured, *prediction_errors(measured, predicted)],
-        read_rows(speedups),
-        json.loads(provenance.read_text()),
-    )
-    return csv_text(COLUMNS, rows, sort=False)
+    tables = read_rows(metrics), read_rows(speedups), json.loads(provenance.read_text())
+    return csv_text(COLUMNS, judge_tables(constraints, *tables), sort=False)

@@ -1,20 +1,24 @@
 """A fresh run against the recorded one, claim by claim.
 
-A claim: how fast a subject is against a peer over a suite in a regime (median over problems of
-paired ratios), or that a subject passes the gate on a suite. Compared is the relative change of
-that ratio, with its 95 % interval: PASS where the whole interval lies within the tolerance, FAIL
-where all of it lies outside, AMBIGUOUS otherwise.
+- How fast a subject is against a peer over a suite in a regime (median over problems of paired
+  ratios). Compared is the relative change of that ratio, with its 95 % interval: PASS where the
+  whole interval lies within the tolerance, FAIL where all of it lies outside, AMBIGUOUS otherwise.
+- That a subject passes the gate on a suite.
+- What counters, host times and the model say of a hypothesis of constraints.yaml. PASS where the
+  verdicts are the same, FAIL where one supports what the other refutes. Where a run leaves it open,
+  PASS if the effect moved by no more than the smallest effect of interest, else AMBIGUOUS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from attn_profiling import ncu_rep, tidy, verdict
 from attn_profiling.record import Record, read
 from attn_profiling.stats import Replicates, over_problems, ratio_replicates
 
@@ -146,8 +150,69 @@ def compare_check(fresh: Record, recorded: Record) -> list[Claim]:
     return claims
 
 
-def verify(fresh_dir: Path, recorded_dir: Path, tolerance: float = TOLERANCE) -> list[Claim]:
-    """All claims of the recorded run that the fresh run bears on.
+Judged = Sequence[Mapping[str, Any]]
+
+
+def judged(
+    run_dir: Path, config: Path, open_report: tidy.Open
+) -> tuple[verdict.Constraints, Judged, Mapping[str, Any]]:
+    """The hypotheses, the rows of verdicts.csv of a run, and its provenance."""
+    tables = tidy.tidy(run_dir, "measure", config / "problems.tsv", open_report)
+    hypotheses = config / "constraints.yaml"
+    rows = verdict.judge_tables(hypotheses, tables.metrics, tables.speedups, tables.provenance)
+    return verdict.read_constraints(hypotheses), rows, tables.provenance
+
+
+def compare_verdicts(
+    constraints: verdict.Constraints,
+    fresh: Judged,
+    recorded: Judged,
+    measured: Iterable[tuple[str, str]],
+) -> list[Claim]:
+    """A claim for each hypothesis on counters, host times or the model that the record decides on.
+
+    `measured`: (kind of record, suite) of the fresh run; it is not asked for what it has no record
+    of. Ratios of times are compared as such, by `compare_timing`.
+    """
+    there = set(measured)
+    claims = []
+    pairs = iter(zip(fresh, recorded, strict=True))
+    for hypothesis in constraints.hypotheses:
+        for suite in hypothesis.suites:
+            now, then = next(pairs)
+            whole = suite.partition("/")[0]
+            kinds = ("ncu", "host") if hypothesis.regime == tidy.NO_REGIME else ("timing",)
+            asked = now["effect"] != "" or any((kind, whole) in there for kind in kinds)
+            if hypothesis.witness["kind"] == "speedup" or then["effect"] == "" or not asked:
+                continue
+            said, note = _same(now, then, hypothesis.smallest_effect)
+            was, is_ = ("–" if r["effect"] == "" else f"{r['effect']:.4g}" for r in (then, now))
+            name = f"{hypothesis.id}, {suite}"
+            claims.append(Claim(name, was, is_, None, None, None, said, note))
+    return claims
+
+
+def _same(
+    now: Mapping[str, Any], then: Mapping[str, Any], smallest_effect: float
+) -> tuple[str, str]:
+    words = [row["verdict"].removesuffix(verdict.POST_HOC) for row in (then, now)]
+    note = words[0] if words[0] == words[1] else f"recorded {words[0]}, here {words[1]}"
+    if verdict.INCONCLUSIVE not in words:
+        return ("PASS" if words[0] == words[1] else "FAIL"), note
+    if now["effect"] == "":
+        return "AMBIGUOUS", "not measured here; " + note
+    near = abs(now["effect"] - then["effect"]) <= smallest_effect
+    return ("PASS" if near else "AMBIGUOUS"), note
+
+
+def verify(
+    fresh_dir: Path,
+    recorded_dir: Path,
+    tolerance: float = TOLERANCE,
+    config: Path = Path("config"),
+    open_report: tidy.Open = ncu_rep.open_report,
+) -> list[Claim]:
+    """All claims of the recorded run that the fresh run bears on; `config` holds the hypotheses.
 
     Raises `NotComparable` where the runs are of different GPU models or have nothing in common.
     """
@@ -168,6 +233,9 @@ def verify(fresh_dir: Path, recorded_dir: Path, tolerance: float = TOLERANCE) ->
                 claims += compare_check(*records)
             else:
                 claims += compare_timing(*records, tolerance)
+    constraints, here, provenance = judged(fresh_dir, config, open_report)
+    _, there, _ = judged(recorded_dir, config, open_report)
+    claims += compare_verdicts(constraints, here, there, provenance["suites"])
     if not claims:
         raise NotComparable(
             f"{fresh_dir} has no suite that {recorded_dir} has; measure one of its suites first"
