@@ -30,11 +30,17 @@ def problems(wildcards):
     return [str(problem) for problem in PLAN.problems[wildcards.suite]]
 
 
+def sharing(suite):
+    """The suites that have problems of a suite."""
+    held = set(PLAN.problems[suite])
+    return [name for name, problems in PLAN.problems.items() if held & set(problems)]
+
+
 def checks(wildcards):
-    """The checks that cover a suite: its own, or all of them if it is made of problems of others."""
+    """The checks that cover a suite: its own, or those of the suites whose problems it is made of."""
     known = config["suites"]["check"]
-    suites = [wildcards.suite] if wildcards.suite in known else known
-    return [f"{RAW}/check/{suite}.json" for suite in suites]
+    suites = [wildcards.suite] if wildcards.suite in known else sharing(wildcards.suite)
+    return [f"{RAW}/check/{suite}.json" for suite in suites if suite in known]
 
 
 def timed(suites):
@@ -135,7 +141,7 @@ rule host:
 rule profile:
     input:
         checks,
-        timed(config["suites"]["time"]["spaced"]),
+        lambda wildcards: timed(sharing(wildcards.suite)),
         IMAGE,
     output:
         f"{RAW}/ncu/{{suite}}.json",

@@ -48,10 +48,11 @@ def test_nothing_is_measured_before_the_device_and_the_check(plan):
     assert "check/gate.json" in needs(plan, "host/gate.json")
 
 
-def test_suites_of_others_problems_need_every_check(plan):
-    assert {"check/grid.json", "check/gate.json", "check/grid_fp16.json"} <= set(
-        needs(plan, "ncu/profile.json")
-    )
+def test_suites_of_others_problems_need_their_checks(plan):
+    needed = needs(plan, "ncu/profile.json")
+    assert {"check/grid.json", "check/gate.json"} <= set(needed)
+    assert not any("fp16" in name or "control" in name for name in needed)
+    assert "timing/control.spaced.json" in needs(plan, "ncu/control.json")
 
 
 def test_configurations_are_chosen_before_they_are_used(plan):

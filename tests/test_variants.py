@@ -13,7 +13,15 @@ import torch
 from attn_ladder import stage5_everything
 from attn_ladder.offline import inner_loops, instructions, report, reports
 from attn_ladder.stage import kernel_hash, load, subjects
-from attn_ladder.variants import _dosed, fast_exp, no_persistent, no_ping_pong
+from attn_ladder.variants import (
+    _dosed,
+    fast_exp,
+    four_producers,
+    mask_all,
+    no_persistent,
+    no_ping_pong,
+    other_turn,
+)
 from attn_ladder.variants._copied import copied
 from attn_profiling.tidy import zero_doses
 

@@ -76,6 +76,8 @@ class Config:
     overlap: str = "own"  # softmax runs under the consumer's own P·V, or only under "others"
     half_diagonal: bool = False  # the first consumer skips the hidden half of the diagonal block
     cross_tile: bool = False  # the next tile's first product runs under the epilogue
+    mask_all: bool = False  # every block is masked, as if none were known to be visible
+    producer_warps: int = 1
     schedule: str = "static"  # or "pairs" of a long and a short tile, or "dynamic"
     l2_bytes: int = 32 << 20  # keys and values of the heads that are processed together
 
@@ -87,6 +89,7 @@ class Config:
             (self.BLOCK_N in (64, 128), "BLOCK_N", "to be 64 or 128"),
             (self.num_buffers >= 2, "num_buffers", "to be at least 2"),
             (self.num_q_buffers >= 1, "num_q_buffers", "to be at least 1"),
+            (self.producer_warps in (1, 2, 4), "producer_warps", "to be 1, 2 or 4"),
             (self.schedule in ("static", "pairs", "dynamic"), "schedule", "a known order"),
             (self.overlap in ("own", "others"), "overlap", "to be own or others"),
             (self.ping_pong or self.overlap == "own", "overlap", "ping_pong to be others"),
@@ -174,7 +177,7 @@ def key_blocks(m, shape, cfg: gl.constexpr):
 
 @gluon.jit
 def load_partition(given, cfg: gl.constexpr):
-    """One warp: Q once a tile, K and V a block at a time, into the rings as slots come free."""
+    """Q once a tile, K and V a block at a time, into the rings as slots come free."""
     descs, rings, tiles, counter_ptr, shape = given
     q_desc, k_desc, v_desc = descs
     q_ring, k_ring, v_ring = rings
@@ -188,7 +191,7 @@ def load_partition(given, cfg: gl.constexpr):
     tile = gl.program_id(0) if cfg.schedule == "dynamic" else 0
     end = num_tiles(shape, cfg)
     counted = counter_ptr.to(gl.int64) != 0
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [cfg.producer_warps], [0])
     if cfg.schedule == "dynamic":
         tiles_smem.index(0).store(gl.full([1], 0, gl.int32, one) + tile)
     while tile < end:
@@ -253,15 +256,15 @@ def first_scores(
 
 @gluon.jit
 def key_step(
-    q, p, acc, l_i, m_i, k_ring, v_ring, it, lowest, qk_scale,
-    WG: gl.constexpr, P_COLUMNS: gl.constexpr, LOWEST: gl.constexpr, cfg: gl.constexpr,
+    q, p, acc, l_i, m_i, k_ring, v_ring, it, row, column, shape, qk_scale,
+    WG: gl.constexpr, P_COLUMNS: gl.constexpr, MASKED: gl.constexpr, cfg: gl.constexpr,
 ):  # fmt: skip
     """Q·Kᵀ of the next block and P·V of this one, and the next softmax.
 
     With overlap "own" the turn ends when the products are issued, and the softmax runs under P·V;
     with "others" it ends when they are complete, and the softmax runs under those of the others.
-    p [64, P_COLUMNS] of this block, acc [64, headdim], l_i [64, 8], m_i [64]. LOWEST says that the
-    next block begins at key `lowest`, which may be negative.
+    p [64, P_COLUMNS] of this block, acc [64, headdim], l_i [64, 8], m_i [64]. The first score of
+    the next block is at (row, column), and MASKED says that not all of them may count.
     """
     N: gl.constexpr = cfg.BLOCK_N
     layout: gl.constexpr = row_layout(N)
@@ -284,9 +287,8 @@ def key_step(
         take_turn("arrive", after(WG, cfg), cfg)
         release(k_ring, k_slot)
         release(v_ring, slot)
-    if LOWEST:
-        offs_n = lowest + gl.arange(0, N, gl.SliceLayout(0, layout))
-        s = gl.where((offs_n >= 0)[None, :], s, -float("inf"))
+    if MASKED or cfg.mask_all:
+        s = hide(s, row, column, shape, cfg)
     p = exp2(s * qk_scale - m_i[:, None])
     l_i = l_i + gl.convert_layout(thread_sums(p), l_i.type.layout)
     if cfg.overlap == "own":
@@ -369,8 +371,8 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
         if HALF:
             if n > 1:
                 p, acc, l_i = key_step(
-                    q, p_first, acc, l_i, m_i, k_ring, v_ring, it, lowest, qk_scale,
-                    WG, FIRST, False, cfg,
+                    q, p_first, acc, l_i, m_i, k_ring, v_ring, it, row, lowest + (n - 2) * N,
+                    shape, qk_scale, WG, FIRST, False, cfg,
                 )  # fmt: skip
                 it += 1
             else:
@@ -383,16 +385,18 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
         else:
             p = p_first
         steps = n - 2 if cfg.causal and cfg.ragged else n - 1
-        for _ in range(steps):
+        for i in range(steps):
             p, acc, l_i = key_step(
-                q, p, acc, l_i, m_i, k_ring, v_ring, it, lowest, qk_scale, WG, N, False, cfg
-            )
+                q, p, acc, l_i, m_i, k_ring, v_ring, it, row, lowest + (n - 2 - i) * N, shape,
+                qk_scale, WG, N, False, cfg,
+            )  # fmt: skip
             it += 1
         if cfg.causal and cfg.ragged:
             if n > 1:
                 p, acc, l_i = key_step(
-                    q, p, acc, l_i, m_i, k_ring, v_ring, it, lowest, qk_scale, WG, N, True, cfg
-                )
+                    q, p, acc, l_i, m_i, k_ring, v_ring, it, row, lowest, shape, qk_scale,
+                    WG, N, True, cfg,
+                )  # fmt: skip
                 it += 1
         if not cfg.q_in_registers:
             mbarrier.arrive(q_ring[2].index(q_slot), count=1)
@@ -464,7 +468,7 @@ def attention_kernel(
                 (softmax_partition, (softmax, gl.constexpr(1), cfg)),
                 (load_partition, (load, cfg)),
             ],
-            [4, 1],
+            [4, cfg.producer_warps],
             [240, 24],
         )
     else:
@@ -475,7 +479,7 @@ def attention_kernel(
                 (softmax_partition, (softmax, gl.constexpr(2), cfg)),
                 (load_partition, (load, cfg)),
             ],
-            [4, 4, 1],
+            [4, 4, cfg.producer_warps],
             [160, 160, 24],
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -28,3 +29,13 @@ def copied(module: ModuleType, name: str, **replaced: Any) -> ModuleType:
     spec.loader.exec_module(copy)
     vars(copy).update(replaced)
     return copy
+
+
+def reconfigured(module: ModuleType, name: str, change: Callable[[Any], Any]) -> ModuleType:
+    """A copy of a stage's `module` that runs what `change` makes of its configurations."""
+
+    def schedule(*problem: Any) -> tuple[Any, Any, int]:
+        cfg, shape, grid = module.schedule(*problem)
+        return change(cfg), shape, grid
+
+    return copied(module, name, schedule=schedule)
