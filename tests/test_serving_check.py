@@ -73,7 +73,7 @@ def test_it_stops_at_the_limit_of_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(sc, "checks", lambda *a: {"one": lambda: "fine"})
     report = sc.Report(tmp_path / "found.json", 0.0)
     assert sc.run_checks(report, "cpu", True)
-    assert report.data["checks"] == [] and "limit of 0 s" in report.data["stopped"]
+    assert report.data["checks"] == [] and "at 0 s of 0 s" in report.data["stopped"]
 
 
 class FakeTimer:

@@ -602,6 +602,20 @@ def check_operators(device: Any) -> str:
     return "opcheck of 4 operators, compiled append"
 
 
+def spanning_cases(tiny: bool) -> list[Cached]:
+    """Lengths that span splits, for the comparison of bits."""
+    if tiny:
+        return [Cached("fp16", (300, 64, 0), 512, 4, 2, 64)]
+    lens = (6000, 64, 0, 1333, 8192)
+    spans = [
+        Cached("bf16", lens, 8192, h, hk, d) for h, hk, d in ((32, 8, 128), (9, 3, 64), (16, 1, 64))
+    ]
+    return [*spans, dataclasses.replace(spans[0], seqlen_q=3)]
+
+
+APPEND = Cached("bf16", (5, 700, 2000), 4096, 32, 8, 128, new=1)
+
+
 def checks(device: Any, tiny: bool) -> dict[str, Callable[[], str]]:
     """Every check by name."""
     named: dict[str, Callable[[], str]] = {}
@@ -609,14 +623,7 @@ def checks(device: Any, tiny: bool) -> dict[str, Callable[[], str]]:
         named[case.id] = lambda case=case: check_cached(case, device)  # type: ignore[misc]
     for ragged in ragged_cases(tiny):
         named[ragged.id] = lambda case=ragged: check_ragged(case, device)  # type: ignore[misc]
-    if tiny:
-        spans = [Cached("fp16", (300, 64, 0), 512, 4, 2, 64)]
-    else:
-        spans = [
-            Cached("bf16", (6000, 64, 0, 1333, 8192), 8192, h, hk, d)
-            for h, hk, d in ((32, 8, 128), (9, 3, 64), (16, 1, 64))
-        ]
-        spans.append(dataclasses.replace(spans[0], seqlen_q=3))
+    spans = spanning_cases(tiny)
     for case in spans:
         named[f"invariance {case.id}"] = lambda case=case: check_invariance(  # type: ignore[misc]
             case, device
@@ -625,11 +632,10 @@ def checks(device: Any, tiny: bool) -> dict[str, Callable[[], str]]:
     named["error flag"] = lambda: check_flag(device)
     named["refusals"] = lambda: check_refusals(device)
     if not tiny:
-        append = Cached("bf16", (5, 700, 2000), 4096, 32, 8, 128, new=1)
-        named["graph"] = lambda: check_graph(append, device)
-        paged = dataclasses.replace(append, page=64)
+        paged = dataclasses.replace(APPEND, page=64)
+        named["graph"] = lambda: check_graph(APPEND, device)
         named["graph, pages of 64"] = lambda: check_graph(paged, device)
-        named["streams"] = lambda: check_streams(append, device)
+        named["streams"] = lambda: check_streams(APPEND, device)
         named["operators"] = lambda: check_operators(device)
     return named
 
@@ -649,7 +655,10 @@ class Report:
         """Whether that share of the time is used up; noted if it is all of it."""
         if self.elapsed() < share * self.seconds:
             return False
-        self.data["stopped"] = f"at the limit of {self.seconds:g} s, {self.elapsed():.1f} s used"
+        self.data["stopped"] = (
+            f"{'the rest' if share == 1 else 'the checks'} at {share * self.seconds:g} s of "
+            f"{self.seconds:g} s"
+        )
         return True
 
     def add(self, part: str, row: dict[str, Any]) -> None:
@@ -678,10 +687,10 @@ def _broken(error: BaseException) -> bool:
     return "illegal memory access" in text or "unspecified launch failure" in text
 
 
-def run_checks(report: Report, device: Any, tiny: bool) -> bool:
+def run_checks(report: Report, device: Any, tiny: bool, share: float = 1.0) -> bool:
     """All checks; False where the GPU cannot be used any longer."""
     for name, check in checks(device, tiny).items():
-        if report.over():
+        if report.over(share):
             return True
         began = time.monotonic()
         row: dict[str, Any] = {"name": name, "ok": True}
@@ -1206,7 +1215,9 @@ def main(arguments: list[str] | None = None) -> int:
         if "check" in parts:
             if not tiny:
                 compile_checks(options.device)
-            usable = run_checks(report, options.device, tiny)
+                report.data["compile_checks_s"] = round(report.elapsed(), 2)
+            share = 0.6 if {"time", "tune"} & set(parts) else 1.0
+            usable = run_checks(report, options.device, tiny, share)
         if usable and not tiny and {"time", "tune"} & set(parts):
             run_timing(report, options.fa3, parts, shapes)
     except Exception as error:
@@ -1222,15 +1233,22 @@ def compile_checks(device: Any) -> None:
     """Compile the checks' kernels, several at a time; what fails will be told by its check."""
     import torch
 
-    from attn_ladder.decode import error_flag
+    from attn_ladder import attention_varlen, attention_with_kvcache  # noqa: F401 before threads
+    from attn_ladder.decode import clear_errors, error_flag
 
-    error_flag(torch.device(device, torch.cuda.current_device()))
+    error_flag(device)
+    cases = [*cached_cases(False), APPEND, dataclasses.replace(APPEND, page=64)]
+    for case in spanning_cases(False):
+        cases += [dataclasses.replace(case, page=page) for page in (0, 16, 64, 256)]
+        cases.append(dataclasses.replace(case, lens=(1,), capacity=1))
     tasks: list[Callable[[], Any]] = []
-    for case in cached_cases(False):
+    for case in cases:
         tasks.append(lambda case=case: Cache(case, device).call())  # type: ignore[misc]
     for ragged in ragged_cases(False):
         tasks.append(lambda case=ragged: check_ragged(case, device))  # type: ignore[misc]
     in_parallel(tasks)
+    torch.cuda.synchronize()
+    clear_errors(device)
 
 
 if __name__ == "__main__":
