@@ -48,6 +48,8 @@ def configuration(subject, problem):
         said["ctas"] = 256 // c.num_registers
     if hasattr(c, "l2_bytes"):
         said["l2_bytes"] = c.l2_bytes
+    if hasattr(c, "overlap"):
+        said["overlap"] = c.overlap
     return said
 
 

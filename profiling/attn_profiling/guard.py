@@ -1,5 +1,21 @@
 """Controls against being fooled: the functions that time must be the real ones, and memory that a
-kernel is to write must not hold an old answer."""
+kernel is to write must not hold an old answer.
+
+Where each trick is caught, and the negative control that shows it:
+
+- outputs cached between calls: new values in the same buffers, other addresses (`check`); fresh
+  inputs in every timed call, one of them judged (`timing.verify_outputs`)
+- skipped work, unwritten outputs: NaN in the memory that is handed out (`poisoned`,
+  `poison_recycled`), an error bound of twice that of PyTorch (`check.Oracle`)
+- reused inputs: no two sets share an address (`inputs.Rotation`)
+- a kernel that behaves differently when timed: the output of a timed call chosen at random is
+  judged; the kernels of every call, of all processes and under ncu must be the same ones
+  (`launches.one_kind`, `timing.merge`, `ncu.check_report`)
+- a patched timer: the functions of `Guard`, and two clocks that must agree
+  (`launches.disagreement`)
+
+The controls are in tests/test_check.py, tests/test_timing.py and tests/test_ncu.py.
+"""
 
 from __future__ import annotations
 
