@@ -103,6 +103,36 @@ WRONG = {
         ValueError,
         r"block_table\[1\]",
     ),
+    "rows twice": (
+        dict(cache_batch_idx=ints(1, 1)),
+        ValueError,
+        r"cache_batch_idx=\[1, 1\] must differ",
+    ),
+    "a page of two sequences": (
+        dict(**pages, block_table=ints(0, 1, 2, 1).view(2, 2), cache_seqlens=ints(16, 17)),
+        ValueError,
+        "sequences 0 and 1 both append to page 1",
+    ),
+    "more new keys than the cache holds": (
+        dict(k=ones(2, 33, 2, 64), v=ones(2, 33, 2, 64), cache_seqlens=ints(0, 0)),
+        ValueError,
+        r"k\.shape=\(2, 33, 2, 64\)",
+    ),
+    "an expanded cache": (
+        dict(v_cache=ones(1, 32, 2, 64).expand(2, 32, 2, 64)),
+        ValueError,
+        r"v_cache\.stride\(\)=\(0, 128, 64, 1\) repeats",
+    ),
+    "too long": (
+        dict(
+            k_cache=ones(1, 1, 1, 64).expand(2, 2**30, 2, 64),
+            k=None,
+            v=None,
+            v_cache=ones(1, 1, 1, 64).expand(2, 2**30, 2, 64),
+        ),
+        NotImplementedError,
+        "1073741824 keys",
+    ),
     "rows and pages": (
         dict(**pages, block_table=ints(0, 1, 2, 3).view(2, 2), cache_batch_idx=ints(0, 1)),
         ValueError,
@@ -135,6 +165,19 @@ def test_right_input_is_not_refused(interpreted):
 
 def test_a_page_beyond_the_length_may_be_anything(interpreted):
     positional, arguments = call(**pages, block_table=ints(0, 9, 1, 2).view(2, 2))
+    attn_ladder.attention_with_kvcache(*positional, **arguments)
+    assert interpreted
+
+
+def test_sequences_may_share_pages_that_are_only_read(interpreted):
+    table = ints(0, 1, 0, 2).view(2, 2)
+    positional, arguments = call(**pages, block_table=table, cache_seqlens=ints(16, 20))
+    attn_ladder.attention_with_kvcache(*positional, **arguments)
+    assert interpreted
+
+
+def test_rows_may_repeat_where_nothing_is_appended(interpreted):
+    positional, arguments = call(cache_batch_idx=ints(1, 1), k=None, v=None)
     attn_ladder.attention_with_kvcache(*positional, **arguments)
     assert interpreted
 
@@ -177,7 +220,19 @@ def test_explain_tells_the_kernel_its_splits_and_the_copies(interpreted):
     text = str(attn_ladder.explain(*positional, **arguments))
     assert "kernel: decode" in text and "max_splits=128" in text and "copied: nothing" in text
     positional, arguments = call(q=ones(2, 1, 4, 128)[..., ::2])
-    assert list(attn_ladder.explain(*positional, **arguments).copies) == ["q"]
+    copies = attn_ladder.explain(*positional, **arguments).copies
+    assert list(copies) == ["q"] and "stride 2" in copies["q"]
+    table = ints(0, 1, 2, 3).view(2, 2).T
+    positional, arguments = call(**pages, block_table=table)
+    assert (
+        "strides are (1, 2)" in attn_ladder.explain(*positional, **arguments).copies["block_table"]
+    )
+
+
+def test_explain_tells_of_lengths_that_are_brought_to_the_device():
+    q, lens = torch.empty(2, 1, 4, 64, device="meta"), ints(1, 2)
+    route = serving._route(q, 1, 2, {"q": q}, {"cache_seqlens": lens}, None)
+    assert "it is on cpu" in route.copies["cache_seqlens"]
 
 
 RAGGED_WRONG = {

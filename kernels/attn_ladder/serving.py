@@ -20,15 +20,7 @@ import torch
 import triton
 
 from attn_ladder import decode as kernels
-from attn_ladder.dispatch import (
-    DTYPES,
-    Operand,
-    Route,
-    attention,
-    capability,
-    check_scale,
-    must_copy,
-)
+from attn_ladder.dispatch import DTYPES, Route, attention, capability, check_scale
 
 HEADDIMS = (64, 128)
 PAGE_SIZES = (16, 64, 256)
@@ -163,6 +155,20 @@ def check_tensors(q: Any, others: dict[str, Any], dims: int) -> None:
                              f"{q.shape[-1]}")  # fmt: skip
 
 
+def _check_size(longest: int, nheads: int, nheads_k: int, longest_k: int) -> None:
+    """What the kernels' 32-bit positions and their grid can hold."""
+    if torch.compiler.is_compiling():  # sizes may be symbols; a grid too large fails at its launch
+        return
+    config = kernels.plan(longest, nheads, nheads_k, HEADDIMS[0])
+    tiles = triton.cdiv(longest * (nheads // nheads_k), config.BLOCK_M)
+    if tiles > 65535 or longest_k >= kernels.EVERY_KEY:
+        raise NotImplementedError(
+            f"{longest} query tokens of {nheads // nheads_k} heads each, or {longest_k} keys, are "
+            f"too many; at most {65535 * config.BLOCK_M} packed rows and {kernels.EVERY_KEY - 1} "
+            "keys are supported"
+        )
+
+
 def _check_heads(q: torch.Tensor, name: str, x: torch.Tensor) -> None:
     nheads, nheads_k = q.shape[-2], x.shape[-2]
     if nheads % nheads_k:
@@ -233,6 +239,11 @@ def _prepare_kvcache(
         if x.stride(-1) != 1:
             raise ValueError(f"{name}.stride(-1)={x.stride(-1)} must be 1; a cache is never copied")
     for name, x in new.items():
+        if 0 in caches[f"{name}_cache"].stride():
+            raise ValueError(
+                f"{name}_cache.stride()={caches[f'{name}_cache'].stride()} repeats elements, so "
+                "nothing can be appended"
+            )
         if x.shape[0] != batch or x.shape[2] != k_cache.shape[2]:
             raise ValueError(
                 f"{name}.shape={tuple(x.shape)} must be ({batch}, any, {k_cache.shape[2]}, "
@@ -258,11 +269,14 @@ def _prepare_kvcache(
             f"k_cache.shape[0]={k_cache.shape[0]} must be the batch of q, {batch}; "
             "give cache_batch_idx to choose rows"
         )
+    seqlen_new = 0 if k is None else k.shape[1]
+    if seqlen_new > capacity:
+        raise ValueError(f"k.shape={tuple(k.shape)}: a cache of {capacity} keys holds fewer")
+    _check_size(q.shape[1], q.shape[2], k_cache.shape[2], capacity)
     if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32)
     _integers("cache_seqlens", cache_seqlens, (batch,), q.device)
     lengths = cache_seqlens.tolist() if _readable(validate, cache_seqlens) else None
-    seqlen_new = 0 if k is None else k.shape[1]
     if lengths is not None and not all(0 <= n <= capacity - seqlen_new for n in lengths):
         raise ValueError(
             f"cache_seqlens={lengths} must be in 0..{capacity - seqlen_new}: the cache holds "
@@ -272,7 +286,10 @@ def _prepare_kvcache(
         rows = cache_batch_idx.tolist()
         if not all(0 <= row < k_cache.shape[0] for row in rows):
             raise ValueError(f"cache_batch_idx={rows} must be in 0..{k_cache.shape[0] - 1}")
+        if k is not None and len(set(rows)) < batch:
+            raise ValueError(f"cache_batch_idx={rows} must differ where k and v are appended")
     if lengths is not None and _readable(validate, block_table):
+        written: dict[int, int] = {}
         for i, (n, pages) in enumerate(zip(lengths, block_table.tolist(), strict=True)):
             used = pages[: triton.cdiv(n + seqlen_new, k_cache.shape[1])]
             if not all(0 <= page < k_cache.shape[0] for page in used):
@@ -280,6 +297,11 @@ def _prepare_kvcache(
                     f"block_table[{i}]={used} must be in 0..{k_cache.shape[0] - 1} for the "
                     f"{n + seqlen_new} keys of the sequence"
                 )
+            for page in used[n // k_cache.shape[1] :] if seqlen_new else ():
+                if written.setdefault(page, i) != i:
+                    raise ValueError(
+                        f"block_table: sequences {written[page]} and {i} both append to page {page}"
+                    )
     return cache_seqlens
 
 
@@ -313,7 +335,8 @@ def attention_with_kvcache(
         cache_seqlens: keys stored before the call, int32 (batch,), or one int for all.
         cache_batch_idx: row of the cache of each sequence, int32 (batch,). Rows must differ where
             `k` is given.
-        block_table: pages of each sequence in order, int32 (batch, max_pages).
+        block_table: pages of each sequence in order, int32 (batch, max_pages). Sequences may share
+            pages that nothing is appended to.
         causal: query i sees key j if j <= i + length - seqlen_q, with length = cache_seqlens +
             seqlen_new. A query that sees no key gives 0.
         softmax_scale: positive; 1 / sqrt(headdim) if None.
@@ -358,6 +381,7 @@ def _prepare_varlen(
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
             raise ValueError(f"{name}={longest!r} must be an int of at least 1")
+    _check_size(max_seqlen_q, q.shape[1], k.shape[1], k.shape[0])
     for name, cu, x, longest in (
         ("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q),
         ("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k),
@@ -418,15 +442,18 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _route(q, longest, nheads_k, copied, run) -> Route:
+def _route(q, longest, nheads_k, tensors, integers, run) -> Route:
+    """What a checked call runs; `integers` are the lengths and indices that the device needs."""
     config = kernels.plan(longest, q.shape[-2], nheads_k, q.shape[-1])
     copies = {}
-    for name, x in copied.items():
-        reason = None if x is None else must_copy(
-            Operand(torch.Size((1, 1, *x.shape[-2:])), (0, 0, *x.stride()[-2:]), x.dtype, x.device),
-            False)  # fmt: skip
-        if reason:
-            copies[name] = reason
+    for name, x in tensors.items():
+        if x is not None and x.stride(-1) != 1:
+            copies[name] = f"its last dimension has stride {x.stride(-1)}, not 1"
+    for name, x in integers.items():
+        if x is not None and x.device != q.device:
+            copies[name] = f"it is on {x.device}, the kernel reads it on {q.device}"
+        elif x is not None and not x.is_contiguous():
+            copies[name] = f"its strides are {x.stride()}"
     return Route("decode", WHY, config, copies, run, 1)
 
 
@@ -435,12 +462,15 @@ def explain_kvcache(
     causal=True, softmax_scale=None, return_lse=False, validate=False,
 ) -> Route:  # fmt: skip
     """What `attention_with_kvcache` would do with these arguments; raises what it would."""
-    _prepare_kvcache(
+    lens = _prepare_kvcache(
         q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, causal,
         softmax_scale, validate,
     )  # fmt: skip
-    copied = {"q": q, "k": k, "v": v}
-    return _route(q, q.shape[1], k_cache.shape[2], copied, attention_with_kvcache)
+    integers = {
+        "cache_seqlens": lens, "cache_batch_idx": cache_batch_idx, "block_table": block_table
+    }  # fmt: skip
+    tensors = {"q": q, "k": k, "v": v}
+    return _route(q, q.shape[1], k_cache.shape[2], tensors, integers, attention_with_kvcache)
 
 
 def explain_varlen(
@@ -452,4 +482,6 @@ def explain_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale,
         validate,
     )  # fmt: skip
-    return _route(q, max_seqlen_q, k.shape[1], {"q": q, "k": k, "v": v}, attention_varlen)
+    integers = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    tensors = {"q": q, "k": k, "v": v}
+    return _route(q, max_seqlen_q, k.shape[1], tensors, integers, attention_varlen)
