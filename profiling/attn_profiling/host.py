@@ -33,7 +33,7 @@ from attn_profiling.workers import Reporter, Worker, WorkerDied
 
 WARM_CALLS = 20
 FEWEST_CALLS = 50
-BUDGET_US = 100_000.0  # GPU time of one kind of sample, beyond which fewer calls are made
+BUDGET_US = 60_000.0  # GPU time of one kind of sample, beyond which fewer calls are made
 PORTION = 100
 SILENCE_S = 180.0
 PORTIONS = 5  # the subjects take turns in so many rounds
