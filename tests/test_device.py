@@ -1,5 +1,6 @@
 """What is found on a machine, with NVML answering whatever the test wants."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 from fake_gpu import FakeNvmlError, fake_gpu, fake_nvml
 
+from attn_ladder.problem import Problem
+from attn_ladder.stage import load, subjects
 from attn_profiling import device, environment
 
 
@@ -169,6 +172,20 @@ def test_python_and_what_the_locks_name_ride_along():
     assert found["python"].split(".")[0] == "3"
     assert {"numpy", "nvidia-ml-py", "ncu-report", "snakemake"} <= found.keys()
     assert not [name for name, version in found.items() if not version]
+
+
+def test_on_another_gpu_what_cannot_run_says_so_and_the_others_run():
+    """Of every subject, on an A100: a reason that names the compute capability, or None."""
+    problem = Problem("p", ("smoke",), "bf16", 2, 512, 512, 4, 4, 64, False)
+    reasons = {
+        name: load(name).unsupported(problem, (8, 0)) for name in subjects() if name != "fa4"
+    }
+    run = {name for name, reason in reasons.items() if reason is None}
+    controls = {name for name, found in subjects().items() if found.kind == "control"}
+    assert run - controls == {"stage1", "cudnn", "fa2"}
+    assert all("8.0" in reason for reason in reasons.values() if reason is not None)
+    if importlib.util.find_spec("flash_attn") is None:
+        assert "is not installed" in load("fa4").unsupported(problem, (9, 0))
 
 
 def test_another_build_of_fa3_is_not_taken_for_the_wheel(monkeypatch, tmp_path):
