@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from textwrap import shorten
 from typing import Annotated
 
 import typer
@@ -91,6 +92,8 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "†": r"$^\dagger$",
+    "`": r"\textasciigrave{}",
+    "…": r"\ldots{}",
 }
 
 
@@ -508,7 +511,7 @@ def constraints(evidence: Evidence) -> Table:
             [
                 name,
                 _title(overall["metric"]),
-                " ".join(_verdict_cells(overall)),
+                " ".join(_verdict_cells(overall)) if overall["effect"] else "–",
                 f"{sign} {primary.threshold:g}",
                 _side(overall),
                 interval(gain),
@@ -888,9 +891,13 @@ def checks(evidence: Evidence) -> Table:
 def left_out(evidence: Evidence) -> Table:
     """What is in the record and not in the tables, and why."""
     found = evidence.provenance
+    stale: dict[tuple[str, str], list[str]] = {}
+    for item in found["stale"]:
+        place = (Path(item["file"]).with_suffix("").as_posix(), item["commit"][:12])
+        stale.setdefault(place, []).append(label(item["what"]))
     rows = [
-        [s["suite"] or "", s["what"], f"stale, from commit {s['commit'][:12]}"]
-        for s in found["stale"]
+        [place, ", ".join(what), f"stale, from commit {commit}"]
+        for (place, commit), what in stale.items()
     ]
     rows += [
         [i["suite"], f"{i['problem']} ({i['regime']})", "inconclusive: A/A "
@@ -902,10 +909,14 @@ def left_out(evidence: Evidence) -> Table:
         key = (item["suite"], item["subject"], f"{item['status']}: {item['reason']}")
         grouped[key] = grouped.get(key, 0) + 1
     rows += [
-        [suite, f"{label(subject)}, {count} entries", reason[:90]]
+        [suite, f"{label(subject)}, {count} entries", shorten(reason, 160, placeholder=" …")]
         for (suite, subject, reason), count in sorted(grouped.items())
     ]
-    return Table(["suite", "what", "why"], rows, align="llp{0.5\\linewidth}")
+    return Table(
+        ["suite or file", "what", "why"],
+        rows,
+        align="lp{0.34\\linewidth}p{0.44\\linewidth}",
+    )
 
 
 TABLES: dict[str, Callable[[Evidence], Table]] = {
@@ -1005,7 +1016,7 @@ def headline(evidence: Evidence) -> str:
     lines.append("| constraint | found in FA3 | claimed | verdict |")
     lines.append("|---|---|---|---|")
     for row in constraints(evidence).rows:
-        found = "not measured" if row[2].startswith("–") else row[2]
+        found = "not measured" if row[2] == "–" else row[2]
         lines.append(f"| {row[0]} | {row[1]}: {found} | {row[3]} | {row[7]} |")
     lines += ["", f"*{evidence.stamp}*"]
     return "\n".join(lines)

@@ -73,6 +73,9 @@ def test_where_all_is_stale_the_paper_says_so_and_renders(stale, tmp_path):
     assert rows["stage 5"][2:4] == ["stale", "–"] and rows["FA3"][2] == "stale"
     assert "| stage 5 | branching | stale | – |" in tables.headline(stale)
     assert "or its record is stale" in tables.stages(stale)
+    gone = {row[0]: row[1:] for row in tables.left_out(stale).rows}
+    assert gone["timing/grid.spaced"][0].startswith("stage 1, stage 2, ")
+    assert gone["timing/grid.spaced"][1] == "stale, from commit 555555555555"
     for draw in figures.FIGURES.values():
         figures.save(draw(stale), tmp_path / "figure.pdf")
     assert "results are stale" in report.render(stale)
@@ -210,7 +213,13 @@ def test_the_report_is_self_contained(evidence):
 def test_the_report_warns_of_stale_results(evidence, monkeypatch):
     monkeypatch.setattr(report, "svg", lambda *_: "")
     assert "results are stale" not in report.render(evidence)
-    stale = {"suite": "gate", "what": "stage1", "commit": "c" * 40, "reason": "changed"}
+    stale = {
+        "suite": "gate",
+        "file": "check/gate.json",
+        "what": "stage1",
+        "commit": "c" * 40,
+        "reason": "changed",
+    }
     evidence.provenance["stale"].append(stale)
     try:
         assert "1 results are stale" in report.render(evidence)
