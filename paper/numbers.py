@@ -51,7 +51,7 @@ def _median_of(
 
 def _verdict(evidence: Evidence, constraint: str) -> str:
     rows = [r for r in evidence.verdicts if r["constraint"] == constraint]
-    return next(r["verdict"] for r in rows if r["suite"] == "(all)")
+    return str(next(r["verdict"] for r in rows if r["suite"] == "(all)"))
 
 
 def agreement(evidence: Evidence, constraint: str) -> str:

@@ -11,7 +11,7 @@ import ast
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -433,7 +433,7 @@ def _number_of(text: str, digits: int) -> str:
     return f"{float(text):.{digits}f}" if text else "–"
 
 
-def _verdict_cells(row: dict[str, str]) -> list[str]:
+def _verdict_cells(row: Mapping[str, str]) -> list[str]:
     digits = 2 if "speedup" in row["metric"] or float(row["threshold"]) < 10 else 1
     low, high = (_number_of(row[c], digits) for c in ("ci_low", "ci_high"))
     return [
@@ -442,7 +442,7 @@ def _verdict_cells(row: dict[str, str]) -> list[str]:
     ]
 
 
-def _side(row: dict[str, str]) -> str:
+def _side(row: Mapping[str, str]) -> str:
     """Where an interval lies of the claimed number, whatever the verdict."""
     if not row["effect"]:
         return "–"
