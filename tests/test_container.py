@@ -1,7 +1,9 @@
-"""The command lines that build and run the image, seen by stand-ins for the engines."""
+"""The command lines that build and run the image, seen by stand-ins for the engines; one test, on
+request, builds it for real."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,3 +233,54 @@ def test_both_targets_and_the_optional_secret_are_in_the_dockerfile():
         assert f" AS {target}\n" in text
     assert "ARG BASE=" in text and "ARG CUDA_BASE=" in text
     assert "required=true" not in text
+
+
+REAL = "ATTN_LADDER_REAL_CONTAINER"
+
+
+def without(*tools):
+    """Why an image cannot be built for real here, or None."""
+    if not os.environ.get(REAL):
+        return f"{REAL}=1 builds the image for real: ten minutes, a network, root"
+    absent = [tool for tool in tools if not shutil.which(tool)]
+    return f"needs root and {', '.join(tools)}" if absent or os.getuid() else None
+
+
+WHY_NOT = without("buildah", "debootstrap")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+def test_the_replay_runs_in_an_image_that_is_built_for_real(tmp_path, monkeypatch):
+    """From Debian's packages alone: a base by debootstrap, the Dockerfile by buildah, a replay."""
+    storage = tmp_path / "storage.conf"
+    storage.write_text(
+        f'[storage]\ndriver = "overlay"\nrunroot = "{tmp_path}/run"\n'
+        f'graphroot = "{tmp_path}/graph"\n'
+    )
+    monkeypatch.setenv("CONTAINERS_STORAGE_CONF", str(storage))
+    monkeypatch.setenv("BUILDAH_ISOLATION", "chroot")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    def run(*words, cwd=tmp_path):
+        done = subprocess.run(words, cwd=cwd, capture_output=True, text=True)
+        assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout.strip() + done.stderr.strip()
+
+    run("debootstrap", "--variant=minbase", "--include=ca-certificates", "bookworm", "rootfs")
+    working = run("buildah", "from", "scratch").splitlines()[-1]
+    run("buildah", "add", "-q", working, "rootfs", "/")
+    run("buildah", "commit", "-q", working, "localhost/base:bookworm")
+    checkout = tmp_path / "checkout"
+    run("git", "-c", f"safe.directory={ROOT}", "clone", "-q", str(ROOT), str(checkout))
+    certificates = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
+    container_ca = f", ca: {certificates}" if certificates else ""
+    snakemake = [sys.executable, "-m", "snakemake", "--cores", "1", "--config"]
+    engine = f"container={{engine: buildah, base: 'localhost/base:bookworm'{container_ca}}}"
+    monkeypatch.setenv("PYTHONPATH", f"{checkout}/kernels:{checkout}/profiling")
+    run(*snakemake, engine, cwd=checkout)
+    digest = (checkout / "results" / "image" / "replay.digest").read_text().strip()
+    assert digest.startswith("sha256:")
+    assert (checkout / "results" / "main.pdf").read_bytes().startswith(b"%PDF")
+    again = run(*snakemake, engine, cwd=checkout)
+    assert "Nothing to be done" in again and f"image: {digest} (buildah)" in again
