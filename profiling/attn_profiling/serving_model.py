@@ -6,7 +6,7 @@ Greedy tokens of `attn_ladder` against those of `sdpa` and `eager`, alone and in
 the left, with a dynamic, a static and a bounded cache, past the bounded cache's limit. Where tokens
 differ, both candidates' logits say whether it was a tie: the difference is compared with what
 rounding did to the other logits of the same step. Then the memory of the cache with key heads as
-they are and expanded, and prefill and decode in tokens per second, FA3 too where it can be imported.
+they are and expanded, and prefill and decode in tokens per second; FA3 too where it is installed.
 
 `--device cpu` (TRITON_INTERPRET=1) runs fewer and shorter prompts, and a tiny random Llama where no
 file is named.
