@@ -309,6 +309,15 @@ def test_the_model_is_judged_by_the_times_it_predicted(off, device, conclusive, 
     assert by_hypothesis("model-stage5", "grid", [*rows, *errors]) == said
 
 
+@pytest.mark.parametrize(("middle", "said"), [(14.0, SUPPORTED), (16.0, REFUTED)])
+def test_errors_of_predictions_may_differ_among_problems(middle, said):
+    rows = times(0.0)
+    errors = verdict.prediction_errors(rows, predictions())
+    spread = np.linspace(-10, 10, len(errors))
+    rows += [{**e, "value": str(middle + s)} for e, s in zip(errors, spread, strict=True)]
+    assert by_hypothesis("model-stage5", "grid", rows) == said
+
+
 def test_a_prediction_made_after_the_run_is_post_hoc():
     rows = times(14.0)
     rows += verdict.prediction_errors(rows, predictions())
@@ -394,6 +403,7 @@ def test_the_whole_table_on_a_synthetic_run():
     ]  # fmt: skip
     claims = verdict.read_constraints(synthetic.CONSTRAINTS)
     assert len(rows) == sum(len(h.suites) for h in claims.hypotheses) + len(claims.constraints)
+    assert all(r["effect"] for r in rows)  # each hypothesis names what is measured
     by = {(r["suite"], r["subject"], r["metric"], r["threshold"]): r for r in rows}
     gate = by[("gate", "stage2", "speedup over fa3, gate-b16", "0.58")]
     assert float(gate["ci_low"]) <= 0.62 <= float(gate["ci_high"])

@@ -83,10 +83,12 @@ class Hypothesis:
     @property
     def by_point(self) -> bool:
         """Gates and criteria on counters of one problem, or on the least or the largest of them,
-        are decided by the value: it has no interval."""
+        are decided by the value: it has no interval. So are predictions, which are made for these
+        problems and no others."""
         return self.role in ("gate", "criterion") and (
             self.witness["kind"] == "counter"
             and ("problem" in self.witness or self.witness.get("reduce", "median") != "median")
+            or self.predicts
         )
 
     @property
