@@ -145,14 +145,14 @@ def invariance() -> dict:
     from attn_ladder.decode import CACHE, RANGE, launch, plan
 
     torch.manual_seed(0)
-    lens, capacity = [700, 64, 333], 768
+    lens, capacity = [1100, 64, 333], 1152
     q, k = torch.randn(3, 1, 4, 64), torch.randn(3, capacity, 2, 64)
     v = torch.randn(3, capacity, 2, 64)
     ints = lambda x: torch.tensor(x, dtype=torch.int32)
     together = launch(q, k, v, mode=CACHE, bounds=ints(lens))
     pages = launch(
-        q, k.view(36, 64, 2, 64), v.view(36, 64, 2, 64), mode=CACHE, bounds=ints(lens),
-        block_table=torch.arange(36, dtype=torch.int32).view(3, 12),
+        q, k.view(54, 64, 2, 64), v.view(54, 64, 2, 64), mode=CACHE, bounds=ints(lens),
+        block_table=torch.arange(54, dtype=torch.int32).view(3, 18),
     )  # fmt: skip
     padded = [torch.zeros_like(k), torch.zeros_like(v)]
     bounds = [[capacity - n, capacity, capacity - 1] for n in lens]

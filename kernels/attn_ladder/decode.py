@@ -48,7 +48,8 @@ __doc__ += "\n" + "\n".join(f"    {bit:2d}  {text}" for bit, text in ERRORS.item
 CACHE, RANGE, VARLEN = 0, 1, 2  # where the bounds of a sequence come from
 EVERY_KEY = 2**30  # position of a query that sees all keys
 CHUNK = 16  # splits that the combine adds at once
-TARGET_CTAS = 512  # per sequence, at most: four for each of 132 SMs
+TARGET_CTAS = 256  # per sequence, at most: two for each of 132 SMs
+MIN_SPLIT = 128  # keys
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def plan(seqlen_q: int, nheads: int, nheads_k: int, headdim: int) -> Config:
         splits *= 2
     # a partial result is 4 * headdim bytes a row, a key and its value are 4 * headdim bytes: at 16
     # keys a row the partial results are 1/16 of what is read
-    min_split = triton.cdiv(16 * min(rows, block_m), block_n) * block_n
+    min_split = max(MIN_SPLIT, triton.cdiv(16 * min(rows, block_m), block_n) * block_n)
     return Config(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
