@@ -18,6 +18,7 @@ def interpreted(monkeypatch):
         return torch.zeros_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
 
     monkeypatch.setattr(serving, "INTERPRETED", True)
+    monkeypatch.setattr(serving, "_ACCEPTED", set())
     monkeypatch.setattr(serving.kernels, "launch", launch)
     return calls
 
@@ -161,6 +162,38 @@ def test_right_input_is_not_refused(interpreted):
     q, k_cache, _, given = interpreted[0]
     assert k_cache.data_ptr() == positional[1].data_ptr()  # never a copy
     assert given["bounds"].tolist() == [3, 31]
+
+
+def test_what_was_accepted_once_is_checked_again_where_it_differs(interpreted):
+    """The checks of a call's shape are remembered; values and everything else are not."""
+    positional, arguments = call()
+    for _ in range(2):
+        attn_ladder.attention_with_kvcache(*positional, **arguments)
+    assert len(interpreted) == 2
+    for case in WRONG.values():
+        changes, error, message = case
+        positional, arguments = call(**changes)
+        with pytest.raises(error, match=message):
+            attn_ladder.attention_with_kvcache(*positional, **arguments)
+    positional, arguments = call(q=ones(2, 1, 4, 64).requires_grad_())
+    with torch.no_grad():
+        attn_ladder.attention_with_kvcache(*positional, **arguments)
+    with pytest.raises(NotImplementedError, match=r"q\.requires_grad"):
+        attn_ladder.attention_with_kvcache(*positional, **arguments)
+
+
+def test_one_length_for_all(interpreted):
+    positional, arguments = call(cache_seqlens=7)
+    attn_ladder.attention_with_kvcache(*positional, **arguments)
+    assert interpreted[0][3]["bounds"].tolist() == [7, 7]
+
+
+def test_a_cpu_tensor_is_refused_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match=r"block_table\.device=cpu"):
+        serving._here("block_table", ints(1), torch.device("cuda:0"))
+    x = ints(1, 2)
+    assert serving._here("block_table", x, x.device) is x
 
 
 def test_a_page_beyond_the_length_may_be_anything(interpreted):

@@ -208,20 +208,57 @@ def _check_capture(validate: bool) -> None:
         raise ValueError(f"{validate=} synchronises, so it is refused while a graph is captured")
 
 
-def _here(x: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if x is None else x.to(device, non_blocking=True).contiguous()
+def _here(name: str, x: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """Lengths or indices on the device, contiguous. Raises `ValueError` where that would be a copy
+    from the CPU into a graph that is captured."""
+    if x is None:
+        return None
+    if x.device != device:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"{name}.device={x.device} must be {device} while a graph is captured: a replay "
+                "would not read the CPU's values"
+            )
+        x = x.to(device, non_blocking=True)
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def _row_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _prepare_kvcache(
-    q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, causal, softmax_scale,
-    validate,
-):  # fmt: skip
-    """Check a call; returns `cache_seqlens` as a tensor."""
-    _check_capture(validate)
+_ACCEPTED: set[tuple] = set()  # signatures of calls that passed their checks
+
+
+def _signature(*arguments: Any) -> tuple | None:
+    """What the checks of a call depend on besides values in memory; None where it is not to be
+    remembered."""
+    if torch.compiler.is_compiling():
+        return None
+    parts: list[Any] = []
+    for x in arguments:
+        if isinstance(x, torch.Tensor):
+            if x.layout is not torch.strided or x.requires_grad:
+                return None
+            parts += (x.shape, x.stride(), x.dtype, x.device)
+        elif x is None or isinstance(x, bool | float | int):
+            parts += (type(x), x)
+        else:
+            return None
+    return tuple(parts)
+
+
+def _remember(signature: tuple | None) -> None:
+    if signature is not None:
+        if len(_ACCEPTED) >= 4096:
+            _ACCEPTED.clear()
+        _ACCEPTED.add(signature)
+
+
+def _check_kvcache(
+    q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, causal, softmax_scale
+) -> None:
+    """What a call must hold whatever the values in memory are."""
     caches = {"k_cache": k_cache, "v_cache": v_cache}
     if (k is None) != (v is None):
         missing, given = ("k", "v") if k is None else ("v", "k")
@@ -273,10 +310,32 @@ def _prepare_kvcache(
     if seqlen_new > capacity:
         raise ValueError(f"k.shape={tuple(k.shape)}: a cache of {capacity} keys holds fewer")
     _check_size(q.shape[1], q.shape[2], k_cache.shape[2], capacity)
-    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
-        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32)
-    _integers("cache_seqlens", cache_seqlens, (batch,), q.device)
-    lengths = cache_seqlens.tolist() if _readable(validate, cache_seqlens) else None
+    if not isinstance(cache_seqlens, int) or isinstance(cache_seqlens, bool):
+        _integers("cache_seqlens", cache_seqlens, (batch,), q.device)
+
+
+def _prepare_kvcache(
+    q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, causal, softmax_scale,
+    validate,
+):  # fmt: skip
+    """Check a call; returns `cache_seqlens` as a tensor."""
+    _check_capture(validate)
+    call = (
+        q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, causal,
+        softmax_scale,
+    )  # fmt: skip
+    signature = _signature(*call)
+    if signature is None or signature not in _ACCEPTED:
+        _check_kvcache(*call)
+        _remember(signature)
+    batch = q.shape[0]
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    seqlen_new = 0 if k is None else k.shape[1]
+    lengths = None
+    if isinstance(cache_seqlens, int):
+        lengths = [cache_seqlens] * batch
+    elif _readable(validate, cache_seqlens):
+        lengths = cache_seqlens.tolist()
     if lengths is not None and not all(0 <= n <= capacity - seqlen_new for n in lengths):
         raise ValueError(
             f"cache_seqlens={lengths} must be in 0..{capacity - seqlen_new}: the cache holds "
@@ -302,6 +361,8 @@ def _prepare_kvcache(
                     raise ValueError(
                         f"block_table: sequences {written[page]} and {i} both append to page {page}"
                     )
+    if isinstance(cache_seqlens, int):
+        return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     return cache_seqlens
 
 
@@ -359,8 +420,9 @@ def attention_with_kvcache(
     if k is not None and v is not None:
         k, v = _row_contiguous(k), _row_contiguous(v)
     out, lse = torch.ops.attn_ladder.decode(
-        _row_contiguous(q), k_cache, v_cache, k, v, _here(lens, q.device),
-        _here(cache_batch_idx, q.device), _here(block_table, q.device), causal, softmax_scale,
+        _row_contiguous(q), k_cache, v_cache, k, v, _here("cache_seqlens", lens, q.device),
+        _here("cache_batch_idx", cache_batch_idx, q.device),
+        _here("block_table", block_table, q.device), causal, softmax_scale,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -436,8 +498,9 @@ def attention_varlen(
         validate,
     )  # fmt: skip
     out, lse = torch.ops.attn_ladder.varlen(
-        _row_contiguous(q), _row_contiguous(k), _row_contiguous(v), _here(cu_seqlens_q, q.device),
-        _here(cu_seqlens_k, q.device), max_seqlen_q, causal, softmax_scale,
+        _row_contiguous(q), _row_contiguous(k), _row_contiguous(v),
+        _here("cu_seqlens_q", cu_seqlens_q, q.device),
+        _here("cu_seqlens_k", cu_seqlens_k, q.device), max_seqlen_q, causal, softmax_scale,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
