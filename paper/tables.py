@@ -999,8 +999,12 @@ def headline(evidence: Evidence) -> str:
     lines += [
         "",
         "Batch 16, 16 heads, seqlen 2048, headdim 64, causal, bf16, spaced launches.",
-        "",
     ]
+    if any("| stale |" in line for line in lines):
+        lines[-1] += (
+            " Stale: the source has changed since it was measured, so the number is left out."
+        )
+    lines.append("")
     top = evidence.top
     words = []
     for peer, word in (("fa3", "FA3"), (BEST, "the best peer")):
