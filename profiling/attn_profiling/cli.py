@@ -135,11 +135,21 @@ def time_command(
 
 @app.command("host")
 @_explained
-def host_command(config: ConfigOption, run: RunOption, suite: SuiteOption, out: OutOption) -> None:
+def host_command(
+    config: ConfigOption,
+    run: RunOption,
+    suite: SuiteOption,
+    out: OutOption,
+    close: Annotated[
+        bool,
+        typer.Option("--close", help="Measure nothing: record the problems that are whole."),
+    ] = False,
+) -> None:
     """Measure what a call costs the host, and its latency eager and in a CUDA graph."""
     from attn_profiling import host, settings
 
-    host.run(settings.load(config, run), suite, out)
+    make = host.close if close else host.run
+    make(settings.load(config, run), suite, out)
 
 
 @app.command("profile")

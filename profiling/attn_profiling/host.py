@@ -14,21 +14,33 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from attn_ladder.problem import Problem
+from attn_ladder.stage import kernel_hash
 from attn_profiling.check import explain, gate, poisons_process
 from attn_profiling.guard import Guard
 from attn_profiling.inputs import Rotation, bound
 from attn_profiling.launches import MeasureError
 from attn_profiling.machine import Machine
 from attn_profiling.partial import Partial
-from attn_profiling.record import Record, content_key, problem_fields, problem_of, write
+from attn_profiling.record import (
+    Record,
+    content_key,
+    header,
+    problem_fields,
+    problem_of,
+    read,
+    write,
+)
 from attn_profiling.session import Session
 from attn_profiling.settings import Measuring, Settings
-from attn_profiling.timing import known_choices, with_twin
+from attn_profiling.timing import Choices, known_choices, with_twin
 from attn_profiling.workers import Reporter, Worker, WorkerDied
 
 WARM_CALLS = 20
@@ -110,7 +122,7 @@ class HostCost:
 
     def _take(self, first: int, count: int) -> None:
         machine, call, replay = self._machine, self._call, self._replay
-        gc.collect()
+        gc.collect()  # quick, as the worker has frozen what its imports brought
         gc.disable()
         try:
             found = {
@@ -173,6 +185,8 @@ def work(subjects: list[str]) -> None:
     measuring = Measuring(**request["measuring"])
     guard.verify()
     machine = Machine(torch, measuring.flush_l2_factor)
+    gc.collect()
+    gc.freeze()
     for entry in request["problems"]:
         problem = problem_of(entry["problem"])
         reporter.send(begin=problem.id)
@@ -216,28 +230,61 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is measured in a suite, and where the results of single processes are kept."""
+
+    problems: list[Problem]
+    fields: dict[str, dict[str, Any]]
+    allowed: dict[str, dict[str, str | None]]
+    chosen: dict[str, Choices]
+    store: Partial
+
+    def runnable(self, problem: Problem) -> list[str]:
+        """The subjects that passed their check."""
+        return [name for name, why in self.allowed[problem.id].items() if why is None]
+
+    def row(self, problem: Problem, results: list[dict[str, Any]]) -> dict[str, Any]:
+        """A problem as it stands in the record."""
+        reasons = self.allowed[problem.id].items()
+        return {
+            "problem": self.fields[problem.id],
+            "samples": merge(results) if results else {},
+            "left_out": {name: why for name, why in reasons if why is not None},
+        }
+
+
+def plan(settings: Settings, suite: str, content: Record, hashes: Mapping[str, str]) -> Plan:
+    """What to measure in a suite on what `content` describes, with kernels of these hashes."""
+    problems = settings.suite(suite)
+    allowed = gate(settings.run_dir, problems, settings.subjects_of(suite, "host"))
+    fields = {p.id: problem_fields(p) for p in problems}
+    known = known_choices(settings.run_dir, suite)
+    chosen = {p.id: known.get(p.id, {}) for p in problems}
+
+    def key(p: Problem) -> str:
+        passed = ",".join(name for name, why in allowed[p.id].items() if why is None)
+        mixed = {**hashes, "with": passed, "chosen": repr(chosen[p.id])}
+        return content_key(content, fields[p.id], mixed)
+
+    return Plan(
+        problems=problems,
+        fields=fields,
+        allowed=allowed,
+        chosen=chosen,
+        store=Partial(settings.run_dir / "host" / ".partial" / suite, key),
+    )
+
+
 def run(settings: Settings, suite: str, out: Path) -> Record:
     """Measure a suite and write the record. Goes on where an earlier try was stopped."""
     from attn_profiling.progress import progress
 
     measuring = settings.measuring
-    problems = settings.suite(suite)
-    subjects = settings.subjects_of(suite, "host")
-    allowed = gate(settings.run_dir, problems, subjects)
-    session = Session(settings, subjects)
-    fields = {p.id: problem_fields(p) for p in problems}
+    session = Session(settings, settings.subjects_of(suite, "host"))
     hashes = {name: entry["kernel_hash"] for name, entry in session.subjects.items()}
-    runnable = {p.id: [n for n, why in allowed[p.id].items() if why is None] for p in problems}
-    known = known_choices(settings.run_dir, suite)
-    chosen = {p.id: known.get(p.id, {}) for p in problems}
-    store = Partial(
-        out.parent / ".partial" / suite,
-        lambda p: content_key(
-            session.content,
-            fields[p.id],
-            {**hashes, "with": ",".join(runnable[p.id]), "chosen": repr(chosen[p.id])},
-        ),
-    )
+    planned = plan(settings, suite, session.content, hashes)
+    problems, store = planned.problems, planned.store
     log = out.parent / ".partial" / f"{suite}.log"
     results: dict[str, list[dict[str, Any]]] = {p.id: [] for p in problems}
     with progress(f"host {suite}", len(problems) * measuring.processes) as tell:
@@ -252,7 +299,7 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
                     tell(p.id)
             if not todo:
                 continue
-            everyone = sorted({n for p in todo for n in runnable[p.id]})
+            everyone = sorted({name for p in todo for name in planned.runnable(p)})
             worker = Worker("host", [",".join(everyone)], log, session.environment)
             current = todo[0].id
             try:
@@ -262,9 +309,9 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
                         "seed": measuring.seed + process,
                         "problems": [
                             {
-                                "problem": fields[p.id],
-                                "subjects": runnable[p.id],
-                                "chosen": chosen[p.id],
+                                "problem": planned.fields[p.id],
+                                "subjects": planned.runnable(p),
+                                "chosen": planned.chosen[p.id],
                             }
                             for p in todo
                         ],
@@ -287,15 +334,64 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
                 worker.close()
     data = {
         **session.header("host", suite),
-        "problems": [
-            {
-                "problem": fields[p.id],
-                "samples": merge(results[p.id]),
-                "left_out": {n: why for n, why in allowed[p.id].items() if why is not None},
-            }
-            for p in problems
-        ],
+        "problems": [planned.row(p, results[p.id]) for p in problems],
     }
     write(out, data, "host")
     store.clear()
+    return data
+
+
+def close(settings: Settings, suite: str, out: Path) -> Record:
+    """Write the record of a suite that was interrupted for good, without a GPU.
+
+    A problem that not every process measured is left out, with the reason. Where it was measured is
+    read from the spaced timing of the same suite and run; GPU state before and after is not known.
+    Raises `MeasureError` if kernels or configuration are no longer those of the run, or no problem
+    is whole.
+    """
+    sibling = read(settings.run_dir / "timing" / f"{suite}.spaced.json", "timing")
+    names = settings.subjects_of(suite, "host")
+    missing = [name for name in names if name not in sibling["subjects"]]
+    if missing:
+        raise MeasureError(f"{suite}: {missing[0]} was not timed in this run; measure the suite")
+    hashes = {name: kernel_hash(name) for name in names}
+    planned = plan(settings, suite, sibling["content"], hashes)
+    processes = range(settings.measuring.processes)
+    rows, whole = [], 0
+    for p in planned.problems:
+        found = [planned.store.get(1, process, p) for process in processes]
+        results = [result for result in found if result is not None]
+        if len(results) == len(processes):
+            whole += 1
+            rows.append(planned.row(p, results))
+            continue
+        why = f"interrupted: {len(results)} of {len(processes)} processes measured it"
+        row = planned.row(p, [])
+        rows.append({**row, "left_out": {**dict.fromkeys(names, why), **row["left_out"]}})
+    if not whole:
+        raise MeasureError(
+            f"{suite}: no problem was measured by every process with the kernels that are here;"
+            " go on measuring with the same run, or check out its commit"
+        )
+    times = [path.stat().st_mtime for path in planned.store.files()]
+    unknown = dict.fromkeys(sibling["provenance"]["before"])
+    provenance = {
+        **sibling["provenance"],
+        "before": unknown,
+        "after": unknown,
+        "started": datetime.fromtimestamp(min(times), UTC).isoformat(timespec="seconds"),
+        "seconds": round(max(times) - min(times), 1),
+    }
+    data = {
+        **header(
+            "host",
+            run=settings.run,
+            suite=suite,
+            content=sibling["content"],
+            provenance=provenance,
+            subjects={name: sibling["subjects"][name] for name in names},
+        ),
+        "problems": rows,
+    }
+    write(out, data, "host")
     return data

@@ -37,7 +37,11 @@ class Partial:
         text = json.dumps({"key": self._key(problem), "result": result})
         write_text(self._path(attempt, process, problem), text)
 
+    def files(self) -> list[Path]:
+        """Where results are kept, in the order of their names."""
+        return sorted(self._folder.glob("*.json"))
+
     def clear(self) -> None:
         """Remove them; the record holds everything."""
-        for path in self._folder.glob("*.json"):
+        for path in self.files():
             path.unlink()
