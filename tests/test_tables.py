@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import cache
 
 import pytest
 import synthetic
@@ -198,7 +199,8 @@ def test_figures_of_what_was_not_measured(empty, tmp_path, name):
     figures.save(figures.FIGURES[name](empty), tmp_path / "figure.pdf")
 
 
-def test_the_report_is_self_contained(evidence):
+def test_the_report_is_self_contained(evidence, monkeypatch):
+    monkeypatch.setattr(report, "svg", cache(report.svg))  # their bytes have a test of their own
     text = report.render(evidence)
     assert text.index(evidence.stamp) < text.index("<table>")
     assert not re.findall(r'(?:src|href)="(?!#)', text.replace('xlink:href="#', ""))
