@@ -160,6 +160,34 @@ def test_out_of_memory_and_cuda_errors_are_told_apart():
     assert not check.poisons_process(ValueError("headdim=3"))
 
 
+@pytest.mark.parametrize("what", ["out", "lse"])
+def test_a_run_that_gives_other_bits_is_found(what):
+    calls = 0
+
+    def drifts(q, k, v, *, causal):
+        nonlocal calls
+        calls += 1
+        out, lse = right(q, k, v, causal=causal)
+        if calls == 5:
+            changed = out if what == "out" else lse
+            changed.view(-1)[3] += 0.01
+        return out, lse
+
+    assert check.repeated(torch, SMALL, drifts, 0, "cpu", 20) == 4
+    calls = 10
+    assert check.repeated(torch, SMALL, drifts, 0, "cpu", 20) == 20
+
+
+def test_stages_are_repeated_on_problems_of_every_kind():
+    problems = list(read_problems(check_problems()).values())
+    repeated = {p.id: p for p in problems if p.id in check.to_repeat("stage5", problems)}
+    assert len(repeated) >= 5
+    assert {(p.headdim, p.causal) for p in repeated.values()} == {
+        (headdim, causal) for headdim in (64, 128) for causal in (False, True)
+    }
+    assert check.to_repeat("fa3", problems) == check.to_repeat("fast_exp", problems) == []
+
+
 # -- one subject in processes of its own
 
 

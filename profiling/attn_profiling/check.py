@@ -6,6 +6,9 @@ fresh random inputs, into memory full of NaN: on one set, on new values in the s
 the first values at other addresses. So an output that is unwritten, kept from the call before, or
 computed from inputs seen earlier is found.
 
+On the problems of REPEATED a stage also runs REPEATS times on the same inputs, and all runs must
+give the same bits.
+
 On a large problem the fp32 comparison covers a sample of (batch, head) pairs, the first and the
 last among them; every element must be finite, and all other pairs must agree with PyTorch's SDPA.
 """
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_ladder.problem import Problem
+from attn_ladder.stage import subject as known_subject
 from attn_profiling.guard import Guard, poison_recycled, poisoned
 from attn_profiling.inputs import Tensors, draw, grown
 from attn_profiling.record import (
@@ -40,6 +44,8 @@ from attn_profiling.workers import Reporter, Worker, WorkerDied
 FULL_HEADS = 32  # (batch, head) pairs up to which all are compared with the fp32 reference
 SAMPLED_HEADS = 6
 ELSEWHERE = 3.0  # how many bounds another head may be away from SDPA, which errs itself
+REPEATED = "variant"  # the suite, a few problems of every kind, on which runs are compared
+REPEATS = 1000
 LSE_BOUND = 1e-3  # natural log; scores and sums are fp32 in every subject
 SILENCE_S = 240.0
 AT_ONCE = max(1, min(8, (os.cpu_count() or 2) // 2))
@@ -220,6 +226,20 @@ def check_subject(
     return verdict
 
 
+def repeated(
+    torch: Any, problem: Problem, forward: Forward, seed: int, device: str, runs: int
+) -> int:
+    """How many of `runs` calls on the same inputs gave the bits of the first, until one did not."""
+    inputs = draw(torch, problem, seed, device)
+    first = forward(*inputs, causal=problem.causal)
+    for run in range(1, runs):
+        again = forward(*inputs, causal=problem.causal)
+        for a, b in zip(first, again, strict=True):
+            if a is not None and not torch.equal(a, b):
+                return run
+    return runs
+
+
 def _call(
     torch: Any, problem: Problem, forward: Forward, inputs: Tensors, oracle: Oracle, when: str
 ) -> Verdict:
@@ -274,6 +294,7 @@ def result(
     verdict: Verdict | None = None,
     heads: list[tuple[int, int]] | None = None,
     seconds: float | None = None,
+    identical_runs: int | None = None,
 ) -> dict[str, Any]:
     """One row of a check record. A number that is not finite stands as null."""
 
@@ -291,6 +312,7 @@ def result(
         "bound": number(verdict.bound) if verdict else None,
         "lse_error": number(verdict.lse_error) if verdict else None,
         "heads": [list(pair) for pair in heads] if heads else None,
+        "identical_runs": identical_runs,
         "seconds": seconds,
     }
 
@@ -315,7 +337,7 @@ def work() -> None:
     for problem in problems:
         reporter.send(begin=problem.id)
         started = time.perf_counter()
-        status, message, verdict = "ok", None, None
+        status, message, verdict, identical = "ok", None, None, None
         fatal = False
         try:
             reason = module.unsupported(problem, tuple(request["capability"]))
@@ -328,17 +350,33 @@ def work() -> None:
                 guard.verify()
                 if verdict.message is not None:
                     status, message = "failed", verdict.message
+                elif problem.id in request["repeated"]:
+                    with torch.inference_mode():
+                        identical = repeated(torch, problem, module.forward, seed, "cuda", REPEATS)
+                    guard.verify()
+                    if identical < REPEATS:
+                        status = "failed"
+                        message = f"run {identical + 1} on the same inputs gave other bits"
         except Exception as error:
             status, message, fatal = "error", explain(error), poisons_process(error)
         heads = sampled_heads(problem, seed) if verdict is not None else None
         seconds = round(time.perf_counter() - started, 3)
-        reporter.send(result=result(problem, subject, status, message, verdict, heads, seconds))
+        reporter.send(
+            result=result(problem, subject, status, message, verdict, heads, seconds, identical)
+        )
         if fatal:
             return
         torch.cuda.empty_cache()
 
 
 Tell = Callable[[str], None]
+
+
+def to_repeat(name: str, problems: list[Problem]) -> list[str]:
+    """Ids of the problems on which a subject's runs are compared with each other."""
+    if known_subject(name).kind != "stage":
+        return []
+    return [p.id for p in problems if REPEATED in p.suites]
 
 
 def check_one(
@@ -365,6 +403,7 @@ def check_one(
                     "subject": subject,
                     "seed": seed,
                     "capability": list(capability),
+                    "repeated": to_repeat(subject, todo),
                     "problems": [problem_fields(p) for p in todo],
                 }
             )
