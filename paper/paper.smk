@@ -1,5 +1,7 @@
 # From the raw files to the paper, without a GPU: tidy tables, verdicts, LaTeX, notebook, report, PDF.
-from attn_ladder.stage import kernel_hash, subjects
+from attn_ladder.stage import subjects
+
+from attn_profiling.sources import SERVING, source_hash
 
 LOGS = "results/logs"
 TIDY = expand("results/{name}", name=["metrics.csv", "speedups.csv", "provenance.json"])
@@ -36,7 +38,10 @@ rule tidy:
     input:
         PLAN.raw_files,
         config["problems"],
-        expand("profiling/attn_profiling/{name}.py", name=["metrics", "ncu_rep", "stats", "tidy"]),
+        expand(
+            "profiling/attn_profiling/{name}.py",
+            name=["metrics", "ncu_rep", "stats", "tidy", "tidy_serving"],
+        ),
         IMAGE,
     output:
         TIDY,
@@ -45,7 +50,7 @@ rule tidy:
     params:
         tool=cmd("attn-profiling"),
         options=f"--raw {RAW} --tier {PLAN.tier} --problems {config['problems']}",
-        kernels={name: kernel_hash(name) for name in subjects()},
+        kernels={name: source_hash(name) for name in (*subjects(), *SERVING)},
     shell:
         "{params.tool} tidy {params.options} --out-metrics {output[0]} --out-speedups {output[1]}"
         " --out-provenance {output[2]} 2>&1 | tee {log}"

@@ -1,9 +1,11 @@
-# The GPU rules: what is measured on, what is right, how long it takes, what it costs the host, and what the counters
-# say. Each writes one file of the run; an interrupted one goes on from the partial results beside it.
+# The GPU rules: what is measured on, what is right, how long it takes, what it costs the host, what the counters say,
+# and how it serves. Each writes one file of the run; an interrupted one goes on from the partial results beside it.
 from attn_ladder.stage import kernel_hash
 
 from attn_profiling import device as found_device
+from attn_profiling.config import MODEL
 from attn_profiling.settings import selected
+from attn_profiling.sources import source_hash
 
 
 def hardware():
@@ -49,7 +51,14 @@ def timed(suites):
     return ancient([f"{RAW}/timing/{suite}.spaced.json" for suite in known if suite in suites])
 
 
+def served(wildcards):
+    """What runs in a part of serving."""
+    ours = "transformers" if wildcards.part == MODEL else "decode"
+    return {name: source_hash(name) for name in (ours, "fa3")}
+
+
 wildcard_constraints:
+    part="[a-z0-9_]+",
     suite="[a-z0-9_]+",
     regime="spaced|sustained",
 
@@ -157,3 +166,24 @@ rule profile:
         fa3_module=config["fa3_module"],
     shell:
         "{params.tool} profile {MEASURE} --suite {wildcards.suite} --out {output} 2>&1 | tee {log}"
+
+
+rule serving:
+    input:
+        f"{RAW}/device.json",
+        IMAGE,
+    output:
+        f"{RAW}/serving/{{part}}.json",
+    log:
+        f"{RAW}/logs/serving.{{part}}.log",
+    resources:
+        gpu=1,
+    params:
+        tool=cmd("attn-profiling", gpu=True),
+        kernels=served,
+        problems=lambda wildcards: [str(p) for p in PLAN.problems.get(wildcards.part, ())],
+        model=lambda wildcards: config["model"] if wildcards.part == MODEL else None,
+        measuring=config["measuring"],
+        fa3_module=config["fa3_module"],
+    shell:
+        "{params.tool} serving {MEASURE} --part {wildcards.part} --out {output} 2>&1 | tee {log}"

@@ -21,7 +21,7 @@ import numpy as np
 
 from attn_ladder import stage
 from attn_ladder.problem import Problem, read_problems, select
-from attn_profiling import metrics, record, tidy, verdict
+from attn_profiling import metrics, record, sources, tidy, tidy_serving, verdict
 from attn_profiling.metrics import Instruction, Kernel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,12 +153,12 @@ class Maker:
             },
             subjects={
                 name: {
-                    "kernel_hash": stage.kernel_hash(name),
+                    "kernel_hash": sources.source_hash(name),
                     "wheel_sha256": "ab" * 32 if name == "fa3" else None,
                     "version": "0.0.3" if name == "fa3" else None,
                     "compiler": "nvcc release 12.8, V12.8.93" if name == "fa3" else None,
                 }
-                for name in stage.subjects()
+                for name in (*stage.subjects(), *sources.SERVING)
             },
         )
 
@@ -333,6 +333,91 @@ class Maker:
             )
         self.write(f"ncu/{suite}.json", "ncu", {**self.header("ncu", suite), "reports": reports})
 
+    def decode(self, suite: str = "decode", noisy: Sequence[str] = ()) -> None:
+        """Decoding: 1.25 of FA3 where K and V are small, 1.1 else, pages 2 % slower."""
+        problems = []
+        for problem in select(self.problems, suite):
+            size = tidy_serving.kv_bytes(problem)
+            fa3 = 6.0 + size / 2.4e6
+            small = size < tidy_serving.SMALL_BYTES
+            truth = fa3 / (1.25 if small else 1.1) * (1.02 if problem.page_size else 1.0)
+            us = {"decode": truth}
+            if not problem.page_size:
+                us |= {"decode#2": truth, "fa3": fa3, "fa3#2": fa3}
+            off = problem.id in noisy
+            samples = {}
+            for name, each in us.items():
+                gpu = self.samples(each * (1.05 if off and "#" in name else 1.0))
+                samples[name] = {
+                    "gpu_us": gpu,
+                    "sum_us": gpu,
+                    "event_us": [[round(v + 1.2, 4) for v in p] for p in gpu],
+                    "clock_mhz": [[1750.0], [None], [1750.0]],
+                    "dry": [0, 1, 0],
+                    "kernels": {"decode_kernel": 1, "combine": 1},
+                }
+            attempt = {
+                "attempt": 1,
+                "aa_ratios": {} if problem.page_size else {"decode": 1.05 if off else 1.0},
+                "ok": not off,
+                "message": "A/A is off" if off else None,
+                "copy_bytes_per_s": [3.0e12, 3.01e12, 2.99e12],
+                "samples": samples,
+            }
+            tried = [{"config": {"num_splits": 4}, "gpu_us": fa3, "message": None}]
+            problems.append(
+                {
+                    "problem": record.problem_fields(problem),
+                    "status": "inconclusive" if off else "ok",
+                    "chosen": {} if problem.page_size else {"fa3": {"num_splits": 4}},
+                    "tried": {} if problem.page_size else {"fa3": tried},
+                    "left_out": {},
+                    "attempts": [attempt],
+                }
+            )
+        checks = [{"name": f"kvcache {i}", "ok": True, "detail": "right"} for i in range(12)]
+        data = {"checks": checks, "checks_stopped": None, "problems": problems}
+        self.write(f"serving/{suite}.json", "decode", {**self.header("decode", suite), **data})
+
+    def model(self, reason: str | None = None) -> None:
+        """A model whose tokens are those of the references but for a tie; with a reason, none."""
+        empty = {"model": None, "software": {}, "dtype": None, "token_agreement": [],
+                 "memory": None, "speed": [], "errors": {}}  # fmt: skip
+        data = {**self.header("model", None), **empty, "reason": reason}
+        if reason is None:
+            tokens = []
+            for against in ("sdpa", "eager"):
+                for cache in ("dynamic", "static"):
+                    for prompt in (1, 55, 2048):
+                        row = {"case": "alone", "cache": cache, "against": against,
+                               "prompt_tokens": prompt, "new_tokens": 64,
+                               "dtype": "torch.bfloat16", "same": True, "agree": 64}  # fmt: skip
+                        tokens.append(row)
+            tie = {"margin": 0.0, "rounding": 0.125, "ulp": 0.125, "tie": True}
+            tokens[1] |= {"same": False, "agree": 31, **tie}
+            speed = []
+            for kind, batch, before, count in (
+                ("prefill", 1, 0, 2048), ("prefill", 8, 0, 2048), ("decode, graph", 1, 1024, 64),
+            ):  # fmt: skip
+                for name, seconds in (("attn_ladder", 0.02), ("sdpa", 0.025)):
+                    taken = [[seconds, 1.01 * seconds, 0.99 * seconds]]
+                    speed.append({"kind": kind, "implementation": name, "batch": batch,
+                                  "before": before, "tokens": count, "dtype": "torch.bfloat16",
+                                  "seconds": taken})  # fmt: skip
+            speed.append({"kind": "prefill", "implementation": "attn_ladder_fa3", "batch": 8,
+                          "before": 0, "error": "RuntimeError: no"})  # fmt: skip
+            data |= {
+                "model": {"file": "small.gguf", "sha256": "c" * 64, "bytes": 98},
+                "software": {"transformers": "5.23.0", "gguf": "0.17.1"},
+                "dtype": "bfloat16",
+                "token_agreement": tokens,
+                "memory": {"batch": 8, "tokens": 2048, "group": 3, "cache_bytes": 377487360,
+                           "expanded_bytes": 1132462080, "allocated_bytes": 377487360,
+                           "allocated_expanded_bytes": 1132462080},
+                "speed": speed,
+            }  # fmt: skip
+        self.write("serving/model.json", "model", data)
+
     def all(self, noisy: Sequence[str] = ("grid-d64-causal-s16384",)) -> Path:
         self.device()
         for suite in ("grid", "grid_fp16", "gate", "smoke", "control"):
@@ -344,6 +429,8 @@ class Maker:
             self.host(suite)
         for suite in ("profile", "control"):
             self.ncu(suite)
+        self.decode()
+        self.model()
         return self.folder
 
 

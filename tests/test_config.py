@@ -50,7 +50,8 @@ def test_the_default_is_valid():
 def test_smoke_is_valid_and_small():
     config = merged(DEFAULT, SMOKE)
     selection = validate(config, ROOT)
-    assert set(selection.problems) == {"smoke"}
+    assert set(selection.problems) == {"smoke", "smoke_decode"}
+    assert raw_files(config)[-2:] == ["serving/smoke_decode.json", "serving/model.json"]
     assert "timing/smoke.sustained.json" in raw_files(config)
 
 
@@ -124,6 +125,14 @@ def test_raw_files_of_a_run():
         ({"only__gate": []}, "only.gate=[] selects nothing"),
         ({"only__sustain": ["fa3"]}, "'only.sustain' is neither a step nor a suite; did you mean"),
         ({"problems": "config/nothing.tsv"}, "problems='config/nothing.tsv' is not a file"),
+        ({"suites__serving": ["decod"]}, "suites.serving: suite='decod' selects no problem"),
+        (
+            {"suites__serving": ["gate"]},
+            "'gate' holds gate-b1, which is no decoding: seqlen_q=2048",
+        ),
+        ({"suites__host": ["decode"]}, "has pages, which no subject of this step reads"),
+        ({"model": "nothing.gguf"}, "model='nothing.gguf' is not a file in"),
+        ({"model": ""}, "model"),
         ({"constraints": "config/nothing.yaml"}, "constraints='config/nothing.yaml' is not"),
         ({"fa3_module": "my-build"}, "fa3_module='my-build' must match"),
         ({"container__engine": "lxc"}, "container.engine='lxc' must be one of auto, none, docker"),

@@ -46,6 +46,19 @@ def test_enough_problems_are_profiled(problems):
     assert any("gate" in p.suites for p in profiled)
 
 
+def test_decoding_has_the_shapes_of_the_script_alone_and_in_pages(problems):
+    from attn_profiling.serving_check import DECODE
+
+    for page in (0, 256):
+        suite = [p for p in select(problems, "decode") if p.page_size == page]
+        found = [(p.batch, p.nheads, p.nheads_k, p.headdim, p.seqlen_k) for p in suite]
+        wanted = [(s.batch, s.nheads, s.nheads_k, s.headdim, s.length) for s in DECODE]
+        assert found == wanted and len(found) == 23
+        assert {(p.dtype, p.seqlen_q, p.causal) for p in suite} == {("bf16", 1, True)}
+    few = select(problems, "smoke_decode")
+    assert {p.page_size for p in few} == {0, 256} and all("decode" in p.suites for p in few)
+
+
 def test_smoke_problems_are_tiny(problems):
     assert all(p.flops < 1e10 for p in select(problems, "smoke"))
     assert any(p.seqlen_q != p.seqlen_k for p in select(problems, "smoke"))

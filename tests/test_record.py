@@ -22,6 +22,8 @@ def made(tmp_path_factory):
     maker.timing("smoke", "sustained")
     maker.host("smoke")
     maker.ncu("smoke")
+    maker.decode("smoke_decode")
+    maker.model()
     return maker.folder
 
 
@@ -39,6 +41,8 @@ FILES = {
     "timing": "timing/smoke.sustained.json",
     "host": "host/smoke.json",
     "ncu": "ncu/smoke.json",
+    "decode": "serving/smoke_decode.json",
+    "model": "serving/model.json",
 }
 
 
@@ -89,6 +93,18 @@ def edited(maker, kind, edit):
         ("host", lambda d: d["problems"][0].pop("samples"), "problems/0: 'samples' is a required"),
         ("ncu", lambda d: d["reports"][0].update(file="/etc/x"), "reports/0/file"),
         ("ncu", lambda d: d["provenance"]["before"].update(power="x"), "provenance/before"),
+        (
+            "decode",
+            lambda d: d["problems"][0]["attempts"][0]["samples"]["decode"]["gpu_us"][1].clear(),
+            "problems/0/attempts/0/samples/decode/gpu_us/1: no sample",
+        ),
+        ("decode", lambda d: d["problems"][0]["problem"].update(batch="1"), "problems/0/problem"),
+        ("decode", lambda d: d["problems"][1]["problem"].pop("dtype"), "problems/1/problem"),
+        ("decode", lambda d: d["checks"][0].update(ok="yes"), "checks/0/ok"),
+        ("model", lambda d: d["token_agreement"][1].pop("margin"), "token_agreement/1"),
+        ("model", lambda d: d["token_agreement"][0].pop("agree"), "token_agreement/0"),
+        ("model", lambda d: d["speed"][0].pop("seconds"), "speed/0"),
+        ("model", lambda d: d["model"].update(sha256="abc"), "model/sha256"),
     ],
 )
 def test_a_wrong_field_is_named(maker, kind, edit, message):
@@ -107,6 +123,10 @@ def test_missing_truncated_and_foreign_files_say_what_to_do(maker):
         record.read(path, "host")
     with pytest.raises(RecordError, match="schema='attn-ladder/check/1', expected 'attn-ladder/d"):
         record.read(maker.folder / FILES["check"], "device")
+    with pytest.raises(RecordError, match="schema='attn-ladder/model/1', expected .*decode/1"):
+        record.read(maker.folder / FILES["model"], "decode")
+    with pytest.raises(RecordError, match="no such file; `attn-profiling serving` writes it"):
+        record.read(maker.folder / "serving" / "decode.json", "decode")
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecordError, match="not a text file"):
         record.read(path, "host")

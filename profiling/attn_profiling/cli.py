@@ -170,6 +170,27 @@ def profile_command(
     ncu.run(settings.load(config, run), suite, sections, out)
 
 
+@app.command("serving")
+@_explained
+def serving_command(
+    config: ConfigOption,
+    run: RunOption,
+    out: OutOption,
+    part: Annotated[
+        str, typer.Option("--part", help="A suite of decoding, or `model`: tokens of a model.")
+    ],
+) -> None:
+    """Check and time decoding beside FA3, or record the tokens, memory and speed of a model."""
+    from attn_profiling import serving, settings
+    from attn_profiling.config import MODEL
+
+    chosen = settings.load(config, run)
+    is_model = part == MODEL
+    data = serving.run_model(chosen, out) if is_model else serving.run(chosen, part, out)
+    for line in serving.summary(data):
+        _say(line)
+
+
 @app.command("tidy")
 @_explained
 def tidy_command(
@@ -292,14 +313,15 @@ def verify_command(
 
 @app.command("worker", hidden=True)
 def worker_command(kind: str, subjects: Annotated[str | None, typer.Argument()] = None) -> None:
-    """A child process of check, time or host."""
-    from attn_profiling import check, host, timing
+    """A child process of check, time, host or serving."""
+    from attn_profiling import check, host, serving, timing
 
     names = subjects.split(",") if subjects else []
     works: dict[str, Callable[[], Any]] = {
         "check": check.work,
         "time": lambda: timing.work(names),
         "host": lambda: host.work(names),
+        "serving": lambda: serving.work(names[0]),
     }
     works[kind]()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from attn_ladder.stage import subjects as known_subjects
 
 Config = Mapping[str, Any]
 STEPS = ("check", "spaced", "sustained", "host", "profile")
+MODEL = "model"
+"""Stands beside the suites of the step `serving` for the model that a configuration names."""
 
 
 class ConfigError(ValueError):
@@ -66,6 +68,11 @@ def suites(config: Config) -> dict[str, list[str]]:
     return steps | {f"time.{regime}": names for regime, names in chosen["time"].items()}
 
 
+def serving_suites(config: Config) -> list[str]:
+    """The suites of decoding; a run from before there were any names none."""
+    return list(config["suites"].get("serving", []))
+
+
 def raw_files(config: Config) -> list[str]:
     """The files of a complete run, relative to its folder."""
     chosen = suites(config)
@@ -75,6 +82,8 @@ def raw_files(config: Config) -> list[str]:
         files += [f"timing/{suite}.{regime}.json" for suite in chosen[f"time.{regime}"]]
     files += [f"host/{suite}.json" for suite in chosen["host"]]
     files += [f"ncu/{suite}.json" for suite in chosen["profile"]]
+    serving = serving_suites(config)
+    files += [f"serving/{suite}.json" for suite in (*serving, MODEL) if serving]
     return files
 
 
@@ -150,6 +159,29 @@ def _check_shape(config: Config, schema: Path) -> None:
         raise ConfigError("\n".join(f"config: {line}" for line in lines))
 
 
+def _check_decoding(suite: str, problems: tuple[Problem, ...]) -> None:
+    """Whether a suite holds what the step `serving` measures."""
+    if suite == MODEL:
+        raise ConfigError(f"config: suites.serving: a suite cannot be called {MODEL!r} here")
+    shapes = {replace(p, id="x", suites=("x",), page_size=0) for p in problems if not p.page_size}
+    for p in problems:
+        if p.seqlen_q != 1 or not p.causal:
+            raise ConfigError(
+                f"config: suites.serving: {suite!r} holds {p.id}, which is no decoding:"
+                f" seqlen_q={p.seqlen_q} must be 1 and causal={int(p.causal)} must be 1"
+            )
+        if p.page_size and p.seqlen_k % p.page_size:
+            raise ConfigError(
+                f"config: suites.serving: {suite!r} holds {p.id}, whose seqlen_k={p.seqlen_k} is"
+                f" no multiple of page_size={p.page_size}"
+            )
+        if replace(p, id="x", suites=("x",), page_size=0) not in shapes:
+            raise ConfigError(
+                f"config: suites.serving: {suite!r} holds {p.id} and not the same shape with"
+                " page_size=0, with which it is compared"
+            )
+
+
 def validate(config: Config, root: Path) -> Selection:
     """Check a merged configuration against its schema, the problem table and the subjects.
 
@@ -175,6 +207,12 @@ def validate(config: Config, root: Path) -> Selection:
                 raise ConfigError(
                     f"config: suites.{step}: {error}{_closest(name, suites_there)}"
                 ) from None
+        paged = [problem.id for name in names for problem in chosen[name] if problem.page_size]
+        if paged:
+            raise ConfigError(
+                f"config: suites.{step}: {paged[0]} has pages, which no subject of this step reads;"
+                " only suites.serving measures it"
+            )
     checked = {problem.id for suite in config["suites"]["check"] for problem in chosen[suite]}
     for step, names in suites(config).items():
         for name in names:
@@ -185,6 +223,20 @@ def validate(config: Config, root: Path) -> Selection:
                     " of suites.check covers; only what passed its check is measured, so add a"
                     " suite that holds it"
                 )
+
+    for name in serving_suites(config):
+        try:
+            chosen[name] = tuple(select(problems, name))
+        except ValueError as error:
+            raise ConfigError(
+                f"config: suites.serving: {error}{_closest(name, suites_there)}"
+            ) from None
+        _check_decoding(name, chosen[name])
+    if config["model"] is not None and not (root / config["model"]).is_file():
+        raise ConfigError(
+            f"config: model={config['model']!r} is not a file in {root}; name a GGUF file of a"
+            " Llama-architecture model, or null"
+        )
 
     places = [*STEPS, *suites_there]
     for place in config["only"]:

@@ -23,8 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from attn_ladder.stage import kernel_hash, subject
+from attn_ladder.stage import subject
 from attn_profiling import environment
+from attn_profiling.sources import SERVING, source_hash
 
 NVIDIA_H100 = "NVIDIA H100 Tensor Core GPU Architecture whitepaper (2022), table 2"
 NVIDIA_A100 = "NVIDIA A100 Tensor Core GPU Architecture whitepaper (2020)"
@@ -442,8 +443,10 @@ def module_identity(module: str) -> dict[str, Any]:
 
 def subject_identity(name: str, fa3_module: str = FA3_MODULE) -> dict[str, Any]:
     """The `subjects` entry of a record: kernel hash, and for a peer which build was measured."""
+    entry: dict[str, Any] = {"kernel_hash": source_hash(name)}
+    if name in SERVING:
+        return {**entry, "version": None, "wheel_sha256": None, "compiler": None}
     found = subject(name)
-    entry: dict[str, Any] = {"kernel_hash": kernel_hash(name)}
     if name == "fa3" and fa3_module != FA3_MODULE:
         return {**entry, **module_identity(fa3_module)}
     if found.distribution is None:

@@ -17,7 +17,14 @@ from attn_profiling.config import raw_files
 from attn_profiling.record import Record, RecordError, read
 
 LIMIT_BYTES = 20 * 10**6
-KIND_OF = {"device.json": "device", "check": "check", "timing": "timing", "host": "host"}
+KIND_OF = {
+    "device.json": "device",
+    "check": "check",
+    "timing": "timing",
+    "host": "host",
+    "ncu": "ncu",
+    "serving": "decode",
+}
 
 
 class NotPromoted(ValueError):
@@ -26,7 +33,7 @@ class NotPromoted(ValueError):
 
 def kind_of(name: str) -> str:
     """The kind of a raw file from its place in the run."""
-    return KIND_OF.get(name.split("/")[0], "ncu")
+    return "model" if name == "serving/model.json" else KIND_OF[name.split("/")[0]]
 
 
 def complete(run_dir: Path) -> dict[str, Record]:

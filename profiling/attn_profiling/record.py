@@ -5,6 +5,8 @@
     runs/<id>/timing/<suite>.<regime>.json     samples of GPU time
     runs/<id>/host/<suite>.json                samples of host cost and latency
     runs/<id>/ncu/<suite>.json                 index of the Nsight Compute reports beside it
+    runs/<id>/serving/<suite>.json             decoding: checks, samples of GPU time
+    runs/<id>/serving/model.json               a model: tokens, memory, samples of speed
 
 Every file has the same header: what identifies the measurement (`content`, and a kernel hash for
 each subject) and what rides along (`provenance`).
@@ -24,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from attn_ladder.problem import Problem
-from attn_ladder.stage import kernel_hash, subjects
+from attn_profiling.sources import is_known, source_hash
 
-KINDS = ("device", "check", "timing", "host", "ncu")
+KINDS = ("device", "check", "timing", "host", "ncu", "decode", "model")
 VERSION = 1
 
 Record = dict[str, Any]
@@ -124,6 +126,8 @@ _COMMAND = {
     "timing": "time",
     "host": "host",
     "ncu": "profile",
+    "decode": "serving",
+    "model": "serving",
 }
 
 
@@ -196,9 +200,9 @@ def stale(record: Record, subject: str) -> str | None:
     recorded = record["subjects"].get(name)
     if recorded is None:
         return f"{subject} is not in the record of commit {commit}"
-    if name not in subjects():
+    if not is_known(name):
         return f"{subject} was recorded at commit {commit} and has no source here"
-    found = kernel_hash(name)
+    found = source_hash(name)
     if recorded["kernel_hash"] != found:
         return (
             f"{subject} was recorded at commit {commit} with kernel hash"

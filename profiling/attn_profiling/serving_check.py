@@ -712,17 +712,17 @@ def run_checks(report: Report, device: Any, tiny: bool, share: float = 1.0) -> b
 class Pool:
     """Random K and V of which every call of every shape reads another window."""
 
-    def __init__(self, shapes: list[Shape]) -> None:
+    def __init__(self, shapes: list[Shape], dtype_name: str = "bf16", device: str = "cuda") -> None:
         import torch
 
-        self._torch = torch
+        self.device, dtype = device, _dtype(torch, dtype_name)
         self.elements = max(shape.kv_bytes for shape in shapes) // 4 + 2**20
-        generator = torch.Generator(device="cuda").manual_seed(0)
+        generator = torch.Generator(device=device).manual_seed(0)
         self._buffers = [
-            torch.randn(self.elements, generator=generator, device="cuda", dtype=torch.bfloat16)
+            torch.randn(self.elements, generator=generator, device=device, dtype=dtype)
             for _ in range(2)
         ]
-        self._q = torch.randn(2**20, generator=generator, device="cuda", dtype=torch.bfloat16)
+        self._q = torch.randn(2**20, generator=generator, device=device, dtype=dtype)
 
     def inputs(self, shape: Shape, i: int) -> tuple[Any, Any, Any]:
         """Q, K and V of call `i`: windows that overlap as little as the pool allows."""
@@ -863,13 +863,20 @@ def copy_bytes_per_s(timer: Timer) -> float:
     return float(2 * COPY_BYTES / (found["copy"]["median_us"] * 1e-6))
 
 
-def ours(pool: Pool, shape: Shape, page: int = 0) -> Callable[[int], Any]:
-    """The public function on a shape; with `page` the keys lie in pages in random order."""
+def page_table(shape: Shape, page: int) -> Any:
+    """(batch, pages of a sequence): all pages of a cache in random order."""
     import torch
 
+    count = shape.batch * shape.length // page
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order.view(shape.batch, -1).to(torch.int32)
+
+
+def ours(pool: Pool, shape: Shape, page: int = 0) -> Callable[[int], Any]:
+    """The public function on a shape; with `page` the keys lie in pages in random order."""
     from attn_ladder import attention_with_kvcache
 
-    lens = _ints([shape.length] * shape.batch, "cuda")
+    lens = _ints([shape.length] * shape.batch, pool.device)
     if not page:
 
         def contiguous(i: int) -> Any:
@@ -877,13 +884,11 @@ def ours(pool: Pool, shape: Shape, page: int = 0) -> Callable[[int], Any]:
             return attention_with_kvcache(q, k, v, cache_seqlens=lens)
 
         return contiguous
-    count = shape.batch * shape.length // page
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    table = order.view(shape.batch, -1).to(torch.int32).cuda()
+    table = page_table(shape, page).to(pool.device)
+    size = (table.numel(), page, shape.nheads_k, shape.headdim)
 
     def paged(i: int) -> Any:
         q, k, v = pool.inputs(shape, i)
-        size = (count, page, shape.nheads_k, shape.headdim)
         return attention_with_kvcache(
             q, k.view(size), v.view(size), cache_seqlens=lens, block_table=table
         )

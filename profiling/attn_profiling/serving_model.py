@@ -313,7 +313,7 @@ def check_speed(report: Report, runner: Runner, implementations: list[str]) -> N
             with torch.no_grad():
                 model.set_attn_implementation(implementation)
                 seconds = timed(runner.device, call, run.repeats)
-            row["seconds"] = seconds
+            row |= {"seconds": seconds, "tokens": tokens}
             row["tokens_per_s"] = batch * tokens / statistics.median(seconds)
         except Exception as error:
             row["error"] = _error(error)
@@ -427,7 +427,7 @@ def main(arguments: list[str] | None = None) -> int:
     report.data = {
         "stopped": None, "token_agreement": [], "speed": [],
         "facts": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "model": str(options.model),
+        "model": str(options.model), "dtype": options.dtype,
     }  # fmt: skip
     try:
         register()

@@ -60,6 +60,7 @@ class Settings:
     fa3_module: str
     constraints: Path
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    model: Path | None = None
 
     @property
     def measuring_fields(self) -> dict[str, float]:
@@ -114,4 +115,5 @@ def load(config: Path, run_dir: Path) -> Settings:
             where: tuple(subject(name).name for name in names)
             for where, names in data.get("only", {}).items()
         },
+        model=Path(data["model"]) if data.get("model") else None,
     )

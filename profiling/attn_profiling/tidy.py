@@ -18,7 +18,7 @@ import numpy as np
 
 from attn_ladder import stage
 from attn_ladder.problem import Problem, read_problems
-from attn_profiling import metrics, ncu_rep, record, stats
+from attn_profiling import metrics, ncu_rep, record, stats, tidy_serving
 from attn_profiling.stats import Interval
 
 METRICS_COLUMNS = (
@@ -180,6 +180,10 @@ class Run:
         self.timings = self._all("timing")
         self.hosts = self._all("host")
         self.profiles = self._all("ncu")
+        model = raw / "serving" / "model.json"
+        self.models = [(model, record.read(model, "model"))] if model.is_file() else []
+        served = sorted(path for path in (raw / "serving").glob("*.json") if path != model)
+        self.decodes = [(path, record.read(path, "decode")) for path in served]
         for path, data in self.records():
             if data["run"] != self.device["run"]:
                 raise ValueError(
@@ -195,6 +199,8 @@ class Run:
     def records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield self.raw / "device.json", self.device
         for group in (self.checks, self.timings, self.hosts, self.profiles):
+            yield from group
+        for group in (self.decodes, self.models):
             yield from group
 
 
@@ -232,14 +238,28 @@ class Tidier:
         unit: str,
         **values: float,
     ) -> None:
+        self.row(suite, problem.id, problem.dtype, subject, regime, name, unit, **values)
+
+    def row(
+        self,
+        suite: str,
+        problem: str,
+        dtype: str,
+        subject: str,
+        regime: str,
+        name: str,
+        unit: str,
+        **values: float,
+    ) -> None:
+        """A metric of what need not be a problem of the table."""
         for statistic, value in values.items():
             self.tables.metrics.append(
                 {
                     "run": self.run.device["run"],
                     "device": self.device,
                     "suite": suite,
-                    "problem": problem.id,
-                    "dtype": problem.dtype,
+                    "problem": problem,
+                    "dtype": dtype,
                     "subject": subject,
                     "regime": regime,
                     "metric": name,
@@ -348,7 +368,7 @@ class Tidier:
     def left_out(
         self,
         data: record.Record,
-        problem: Problem,
+        problem: Problem | str,
         subject: str,
         status: str,
         reason: str | None,
@@ -357,8 +377,8 @@ class Tidier:
         self.excluded.append(
             {
                 "kind": kind,
-                "suite": data["suite"],
-                "problem": problem.id,
+                "suite": data["suite"] or kind,
+                "problem": problem if isinstance(problem, str) else problem.id,
                 "subject": subject,
                 "status": status,
                 "reason": reason,
@@ -752,6 +772,8 @@ class Tidier:
         self.energy_over_fa3()
         self.hosts()
         self.profiles()
+        tidy_serving.decodes(self)
+        tidy_serving.models(self)
         self.tables.provenance = self.provenance()
         return self.tables
 

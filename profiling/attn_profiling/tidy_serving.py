@@ -1,0 +1,269 @@
+"""The part of `tidy` that turns records of the step `serving` into rows.
+
+Decoding: suite and problem as in the table; subject `decode`, peer `fa3`, and peer `contiguous`
+where keys lie in pages. The model: suite `model`, the problem says what was asked of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attn_ladder.problem import DTYPE_BYTES, Problem
+from attn_profiling import record, stats
+
+if TYPE_CHECKING:
+    from attn_profiling.tidy import Tidier
+
+OURS, PEER, CONTIGUOUS = "decode", "fa3", "contiguous"
+REGIME = "spaced"
+SMALL_BYTES = 64 * 2**20
+SMALL, LARGE = "(median, K and V < 64 MiB)", "(median, K and V >= 64 MiB)"
+CHECKS, TOKENS = "(checks)", "(tokens)"
+"""Stand in the column `problem` for what belongs to no single one."""
+MODEL = "model"
+IMPLEMENTATIONS = {"attn_ladder_fa3": "fa3"}
+
+Ratios = dict[str, list[tuple[Problem, stats.Replicates]]]
+
+
+def kv_bytes(problem: Problem) -> int:
+    """Bytes of K and V, which one query token reads once."""
+    size = DTYPE_BYTES[problem.dtype]
+    return 2 * size * problem.batch * problem.seqlen_k * problem.nheads_k * problem.headdim
+
+
+def inverse(found: stats.Interval, amount: float) -> stats.Interval:
+    """The interval of `amount` over a time."""
+    return replace(
+        found, value=amount / found.value, low=amount / found.high, high=amount / found.low
+    )
+
+
+def decodes(tidier: Tidier) -> None:
+    """Rows of every suite of decoding."""
+    for path, data in tidier.run.decodes:
+        _checks(tidier, data)
+        taken: dict[Problem, Mapping[str, Any]] = {}
+        ratios: Ratios = {}
+        for entry, problem in tidier.entries(path, data):
+            attempts = entry["attempts"]
+            attempt = next((a for a in attempts if a["ok"]), attempts[-1])
+            conclusive = entry["status"] == "ok"
+            samples = {
+                name: found
+                for name, found in attempt["samples"].items()
+                if not tidier.is_stale(path, data, name)
+            }
+            taken[problem] = samples
+            _timed(tidier, data["suite"], problem, samples, attempt["copy_bytes_per_s"])
+            _judged(tidier, data["suite"], problem, entry, samples, conclusive)
+            for peer, ratio in _ratios(problem, samples, taken).items():
+                tidier.speedup(
+                    data["suite"], problem.id, problem.dtype, REGIME, OURS, peer, ratio.interval()
+                )
+                if conclusive:
+                    ratios.setdefault(peer, []).append((problem, ratio))
+        _reduced(tidier, data["suite"], ratios)
+
+
+def _checks(tidier: Tidier, data: record.Record) -> None:
+    right = sum(row["ok"] for row in data["checks"])
+    wrong = len(data["checks"]) - right
+    for name, value in (("checks_right", right), ("checks_wrong", wrong)):
+        tidier.row(data["suite"], CHECKS, "-", OURS, "-", name, "1", value=value)
+    for row in data["checks"]:
+        if not row["ok"]:
+            tidier.left_out(data, row["name"], OURS, "failed", row["detail"])
+    if data["checks_stopped"]:
+        tidier.left_out(data, CHECKS, OURS, "left out", data["checks_stopped"])
+
+
+def _timed(
+    tidier: Tidier,
+    suite: str,
+    problem: Problem,
+    samples: Mapping[str, Any],
+    copies: Sequence[float],
+) -> None:
+    size, copy = kv_bytes(problem), float(np.median(copies)) if copies else None
+    for subject, found in samples.items():
+        place = (suite, problem, subject, REGIME)
+        us = stats.median_interval(found["gpu_us"])
+        tidier.interval(*place, "gpu_us", "us", us)
+        event = float(np.median(np.concatenate([np.asarray(p) for p in found["event_us"]])))
+        tidier.metric(*place, "event_us", "us", median=event)
+        rate = inverse(us, size / 1e-6)
+        tidier.interval(*place, "kv_bytes_per_s", "B/s", rate)
+        if copy:
+            of_copy = inverse(us, 100 * size / 1e-6 / copy)
+            tidier.interval(*place, "of_copy", "%", of_copy)
+        kernels = float(sum(found["kernels"].values()))
+        tidier.metric(*place, "timed_kernels", "1", value=kernels)
+
+
+def _judged(
+    tidier: Tidier,
+    suite: str,
+    problem: Problem,
+    entry: Mapping[str, Any],
+    samples: Mapping[str, Any],
+    conclusive: bool,
+) -> None:
+    for name in (OURS, PEER):
+        twin = samples.get(f"{name}#2")
+        if twin and name in samples:
+            found = stats.ratio_interval(twin["gpu_us"], samples[name]["gpu_us"])
+            tidier.interval(suite, problem, name, REGIME, "aa_ratio", "1", found)
+    if OURS not in samples:
+        return
+    tidier.metric(suite, problem, OURS, REGIME, "conclusive", "1", value=conclusive)
+    if not conclusive:
+        last = entry["attempts"][-1]
+        tidier.inconclusive.append(
+            {
+                "suite": suite,
+                "problem": problem.id,
+                "regime": REGIME,
+                "aa_ratios": list(last["aa_ratios"].values()),
+                "reason": last["message"],
+            }
+        )
+    for name, config in sorted(entry["chosen"].items()):
+        if config:
+            tidier.chosen.append(
+                {
+                    "suite": suite,
+                    "problem": problem.id,
+                    "regime": REGIME,
+                    "subject": name,
+                    "config": config,
+                }
+            )
+
+
+def _ratios(
+    problem: Problem, samples: Mapping[str, Any], taken: Mapping[Problem, Mapping[str, Any]]
+) -> dict[str, stats.Replicates]:
+    """Ours over the peer; with pages, over the same shape without."""
+    if OURS not in samples:
+        return {}
+    ours = samples[OURS]["gpu_us"]
+    if not problem.page_size:
+        found = samples.get(PEER)
+        return {PEER: stats.ratio_replicates(ours, found["gpu_us"])} if found else {}
+    for other, found in taken.items():
+        same = replace(problem, id=other.id, suites=other.suites, page_size=0) == other
+        if same and OURS in found:
+            return {CONTIGUOUS: stats.ratio_replicates(ours, found[OURS]["gpu_us"])}
+    return {}
+
+
+def _reduced(tidier: Tidier, suite: str, ratios: Ratios) -> None:
+    from attn_profiling.tidy import MEDIAN, MINIMUM
+
+    for peer, of in ratios.items():
+        dtype = "/".join(sorted({problem.dtype for problem, _ in of}))
+        every = [ratio for _, ratio in of]
+        small = [ratio for problem, ratio in of if kv_bytes(problem) < SMALL_BYTES]
+        large = [ratio for problem, ratio in of if kv_bytes(problem) >= SMALL_BYTES]
+        for name, chosen, reduce in (
+            (MEDIAN, every, np.median),
+            (MINIMUM, every, np.min),
+            (SMALL, small, np.median),
+            (LARGE, large, np.median),
+        ):
+            if chosen:
+                found = stats.over_problems(chosen, reduce).interval()
+                tidier.speedup(suite, name, dtype, REGIME, OURS, peer, found)
+
+
+# -- the model
+
+
+def models(tidier: Tidier) -> None:
+    """Rows of the model's tokens, memory and speed."""
+    for path, data in tidier.run.models:
+        if data["reason"]:
+            tidier.notes.append(f"serving/model.json: {data['reason']}")
+            continue
+        if tidier.is_stale(path, data, "transformers"):
+            continue
+        dtype = {"bfloat16": "bf16", "float16": "fp16"}.get(data["dtype"], data["dtype"] or "-")
+        for name, text in sorted(data["errors"].items()):
+            tidier.left_out(data, name, "attn_ladder", "error", text)
+        _tokens(tidier, data, dtype)
+        _memory(tidier, data, dtype)
+        _speed(tidier, path, data, dtype)
+
+
+def token_case(row: Mapping[str, Any]) -> str:
+    """What stands in the column `problem` for a group of prompts."""
+    return ", ".join([row["case"], row["cache"], f"against {row.get('against', '-')}"])
+
+
+def _tokens(tidier: Tidier, data: record.Record, dtype: str) -> None:
+    rows = data["token_agreement"]
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(token_case(row), []).append(row)
+        if "error" in row:
+            tidier.left_out(data, token_case(row), "attn_ladder", "error", row["error"])
+    for problem, group in [*groups.items(), (TOKENS, rows)]:
+        if not group:
+            continue
+        same = sum(row.get("same", False) for row in group)
+        ties = sum(row.get("tie", False) for row in group)
+        for name, value in (
+            ("token_agreement", same / len(group)),
+            ("token_prompts", len(group)),
+            ("token_ties", ties),
+            ("token_differences", len(group) - same - ties),
+        ):
+            tidier.row(MODEL, problem, dtype, "attn_ladder", "-", name, "1", value=value)
+    for problem, group in groups.items():
+        for row in group:
+            if row.get("same", True):
+                continue
+            place = f"{problem}, {row['prompt_tokens']} tokens"
+            for name in ("agree", "margin", "rounding", "ulp", "tie"):
+                value = float(row[name])
+                metric = f"first_difference_{name}"
+                tidier.row(MODEL, place, dtype, "attn_ladder", "-", metric, "1", value=value)
+
+
+def _memory(tidier: Tidier, data: record.Record, dtype: str) -> None:
+    memory = data["memory"]
+    if memory is None:
+        return
+    problem = f"cache, batch {memory['batch']}, {memory['tokens']} tokens"
+    for name in ("cache_bytes", "expanded_bytes", "allocated_bytes", "allocated_expanded_bytes"):
+        tidier.row(MODEL, problem, dtype, "attn_ladder", "-", name, "B", value=memory[name])
+
+
+def speed_case(row: Mapping[str, Any]) -> str:
+    """What stands in the column `problem` for a measurement of speed."""
+    after = f", after {row['before']}" if row["before"] else ""
+    return f"{row['kind']}, batch {row['batch']}{after}"
+
+
+def _speed(tidier: Tidier, path: Path, data: record.Record, dtype: str) -> None:
+    for row in data["speed"]:
+        subject = IMPLEMENTATIONS.get(row["implementation"], row["implementation"])
+        problem = speed_case(row)
+        if subject == PEER and tidier.is_stale(path, data, PEER):
+            continue
+        if "error" in row:
+            tidier.left_out(data, problem, subject, "error", row["error"])
+            continue
+        seconds = stats.median_interval(row["seconds"])
+        rate = inverse(seconds, row["batch"] * row["tokens"])
+        statistics = {
+            "median": rate.value, "ci_low": rate.low, "ci_high": rate.high,
+            "n_processes": rate.n_processes, "n": rate.n,
+        }  # fmt: skip
+        tidier.row(MODEL, problem, dtype, subject, "-", "tokens_per_s", "token/s", **statistics)
