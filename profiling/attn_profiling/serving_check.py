@@ -677,8 +677,9 @@ class Report:
 
 
 def _error(error: BaseException) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {str(error)[:1500]} ({Path(last.filename).name}:{last.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {str(error)[:1500]}{place}"
 
 
 def _broken(error: BaseException) -> bool:
@@ -715,14 +716,14 @@ class Pool:
     def __init__(self, shapes: list[Shape], dtype_name: str = "bf16", device: str = "cuda") -> None:
         import torch
 
-        self.device, dtype = device, _dtype(torch, dtype_name)
+        self.device, self.dtype = device, _dtype(torch, dtype_name)
         self.elements = max(shape.kv_bytes for shape in shapes) // 4 + 2**20
         generator = torch.Generator(device=device).manual_seed(0)
         self._buffers = [
-            torch.randn(self.elements, generator=generator, device=device, dtype=dtype)
+            torch.randn(self.elements, generator=generator, device=device, dtype=self.dtype)
             for _ in range(2)
         ]
-        self._q = torch.randn(2**20, generator=generator, device=device, dtype=dtype)
+        self._q = torch.randn(2**20, generator=generator, device=device, dtype=self.dtype)
 
     def inputs(self, shape: Shape, i: int) -> tuple[Any, Any, Any]:
         """Q, K and V of call `i`: windows that overlap as little as the pool allows."""
@@ -921,14 +922,12 @@ def fa3_function(module: str) -> Any:
 
 def fa3(module: Any, pool: Pool, shape: Shape, config: dict[str, Any]) -> Callable[[int], Any]:
     """FA3 on a shape; `metadata` in the config: its schedule is computed beforehand."""
-    import torch
-
-    lens = _ints([shape.length] * shape.batch, "cuda")
+    lens = _ints([shape.length] * shape.batch, pool.device)
     arguments = {name: value for name, value in config.items() if name != "metadata"}
     if config.get("metadata"):
         arguments["scheduler_metadata"] = module.get_scheduler_metadata(
             shape.batch, 1, shape.length, shape.nheads, shape.nheads_k, shape.headdim, lens,
-            qkv_dtype=torch.bfloat16, causal=True, **arguments,
+            qkv_dtype=pool.dtype, causal=True, **arguments,
         )  # fmt: skip
 
     def call(i: int) -> Any:

@@ -3,7 +3,8 @@
 - How fast a subject is against a peer over a suite in a regime (median over problems of paired
   ratios). Compared is the relative change of that ratio, with its 95 % interval: PASS where the
   whole interval lies within the tolerance, FAIL where all of it lies outside, AMBIGUOUS otherwise.
-- That a subject passes the gate on a suite.
+- That a subject passes the gate on a suite, and decoding its checks.
+- That a model's tokens are those of the references, but for ties.
 - What counters, host times and the model say of a hypothesis of constraints.yaml. PASS where the
   verdicts are the same, FAIL where one supports what the other refutes. Where a run leaves it open,
   PASS if the effect moved by no more than the smallest effect of interest, else AMBIGUOUS.
@@ -205,6 +206,50 @@ def _same(
     return ("PASS" if near else "AMBIGUOUS"), note
 
 
+def compare_tokens(fresh: Record, recorded: Record) -> list[Claim]:
+    """A claim where both ran the same model: the tokens are those of the references, but for
+    ties."""
+    if recorded["reason"] or fresh["reason"]:
+        return []
+    name = "tokens of the model are those of sdpa and eager, or ties"
+    if recorded["model"] != fresh["model"]:
+        files = [record["model"]["file"] for record in (recorded, fresh)]
+        note = "another model"
+        return [Claim(name, files[0], files[1], None, None, None, "AMBIGUOUS", note)]
+    told, wrong = [], []
+    for record in (recorded, fresh):
+        rows = record["token_agreement"]
+        good = sum(row.get("same", False) or row.get("tie", False) for row in rows)
+        told.append(f"{good} of {len(rows)}")
+        wrong.append(len(rows) - good)
+    short = len(fresh["token_agreement"]) < len(recorded["token_agreement"])
+    verdict = "FAIL" if wrong[1] > wrong[0] else "AMBIGUOUS" if short else "PASS"
+    return [Claim(name, told[0], told[1], None, None, None, verdict)]
+
+
+def _serving(fresh: Path, recorded: Path, tolerance: float) -> list[Claim]:
+    """Claims of decoding and of a model, of what both runs measured."""
+    claims: list[Claim] = []
+    for path in sorted(recorded.glob("*.json")):
+        if not (fresh / path.name).is_file():
+            continue
+        kind = "model" if path.name == "model.json" else "decode"
+        records = read(fresh / path.name, kind), read(path, kind)
+        if kind == "model":
+            claims += compare_tokens(*records)
+            continue
+        now, then = ({**record, "regime": "spaced"} for record in records)
+        claims += compare_timing(now, then, tolerance)
+        bad = [[row["name"] for row in r["checks"] if not row["ok"]] for r in records]
+        more = sorted(set(bad[0]) - set(bad[1]))
+        claim = f"checks of decoding, {path.stem}"
+        counts = [f"{len(r['checks']) - len(b)} right" for r, b in zip(records, bad, strict=True)]
+        verdict = "FAIL" if more else "PASS"
+        note = "; ".join(more) or None
+        claims.append(Claim(claim, counts[1], counts[0], None, None, None, verdict, note))
+    return claims
+
+
 def verify(
     fresh_dir: Path,
     recorded_dir: Path,
@@ -233,6 +278,7 @@ def verify(
                 claims += compare_check(*records)
             else:
                 claims += compare_timing(*records, tolerance)
+    claims += _serving(fresh_dir / "serving", recorded_dir / "serving", tolerance)
     constraints, here, provenance = judged(fresh_dir, config, open_report)
     _, there, _ = judged(recorded_dir, config, open_report)
     claims += compare_verdicts(constraints, here, there, provenance["suites"])
