@@ -17,6 +17,7 @@ from attn_ladder import stage5_everything as stage5
 from attn_ladder.reference import visible
 
 NUM_SMS = 132
+FIRST_DEALT = tiles.first_dealt.fn
 
 
 def plan(batch=2, seqlen_q=512, seqlen_k=None, nheads=4, nheads_k=4, headdim=64, causal=True, **kw):
@@ -34,8 +35,11 @@ def cta(monkeypatch):
             program_id=lambda axis: index,
             num_programs=lambda axis: grid,
             cdiv=lambda a, b: -(-a // b),
+            maximum=max,
+            minimum=min,
         )
         monkeypatch.setattr(tiles, "gl", stand_in)
+        monkeypatch.setattr(tiles, "first_dealt", FIRST_DEALT)
 
     return become
 
@@ -84,6 +88,59 @@ def test_the_longest_causal_tiles_come_first_and_heads_of_a_key_head_together(ct
     assert shape.heads_together % shape.group == 0
 
 
+SPLIT = {
+    "grid": dict(seqlen_q=8192, batch=2, nheads=16, nheads_k=16),
+    "grid, short": dict(seqlen_q=1024, batch=16, nheads=16, nheads_k=16),
+    "one round": dict(seqlen_q=4096, batch=1, nheads=5, nheads_k=5),
+    "unequal, GQA": dict(seqlen_q=1900, seqlen_k=2560, batch=3, nheads=8, nheads_k=2),
+}
+
+
+def parts_of_all_ctas(cfg, shape, grid, cta):
+    """(CTA, i, tile, first key block, end) of everything that is computed."""
+    for index in range(grid):
+        cta(index, grid)
+        for i in range(stage5.num_tiles.fn(shape, cfg)):
+            yield index, i, stage5.tile_of.fn(i, shape, cfg), *tiles.part_of.fn(i, shape, cfg)
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_the_last_round_is_dealt_out_evenly_and_completely(cta, case):
+    cfg, shape, grid = plan(headdim=128, causal=False, **SPLIT[case])
+    assert cfg.schedule == "split" and grid == NUM_SMS
+    blocks, work, pieces = Counter(), Counter(), {}
+    for index, i, tile, begin, end in parts_of_all_ctas(cfg, shape, grid, cta):
+        blocks.update((*tile, j) for j in range(begin, end))
+        work[index] += end - begin
+        if (begin, end) != (0, shape.num_blocks):
+            pieces.setdefault(tile, []).append((index, i - shape.rounds))
+    wanted = itertools.product(range(shape.num_m), range(shape.num_heads), range(shape.num_blocks))
+    assert blocks == Counter(wanted)
+    assert max(work.values()) - min(work.values()) <= 1
+    n = shape.num_blocks
+    for (m, head), found in pieces.items():  # who merges finds all parts: rows.merge_parts
+        tile = head * shape.num_m + m - shape.rounds * grid
+        lowest, highest = ((x * grid - 1) // shape.dealt for x in (tile * n + 1, (tile + 1) * n))
+        assert [index for index, _ in found] == list(range(lowest, highest + 1))
+        for index, k in found:
+            assert k == tile - FIRST_DEALT(index, shape) // n and k in (0, 1)
+
+
+def test_a_round_that_is_not_dealt_out_takes_longer(cta):
+    cfg, shape, grid = plan(headdim=128, causal=False, **SPLIT["grid"])
+    whole = Counter()
+    for index in range(grid):
+        cta(index, grid)
+        whole[index] = stage5.num_tiles.fn(shape, replace(cfg, schedule="static"))
+    assert max(whole.values()) * shape.num_blocks > 1.03 * 2048 * shape.num_blocks / grid
+
+
+def test_too_little_is_not_split():
+    for sizes in (dict(seqlen_q=512, batch=32, nheads=16), dict(seqlen_q=1024, batch=1, nheads=2)):
+        cfg, _, _ = plan(headdim=128, causal=False, nheads_k=2, **sizes)
+        assert cfg.schedule == "static"
+
+
 KEYS = [(512, 512), (300, 413), (413, 300), (1, 777), (777, 1), (129, 128), (640, 1024), (1000, 37)]
 
 
@@ -94,7 +151,7 @@ def test_key_blocks_cover_the_mask_and_only_the_peeled_ones_need_it(seqlens, cau
     cfg, shape, _ = plan(seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal)
     mask = visible(seqlen_q, seqlen_k, causal, "cpu")
     for m in range(shape.num_m):
-        n, lowest = stage5.key_blocks.fn(m, shape, cfg)
+        n, lowest = stage5.key_blocks.fn(0, m, shape, cfg)
         rows = mask[m * cfg.BLOCK_M : (m + 1) * cfg.BLOCK_M]
         visited = torch.zeros(seqlen_k, dtype=torch.bool)
         for j in range(n):
@@ -113,7 +170,7 @@ def test_key_blocks_cover_the_mask_and_only_the_peeled_ones_need_it(seqlens, cau
 def test_an_aligned_kernel_would_not_do_for_a_ragged_problem():
     cfg, shape, _ = plan(seqlen_q=300, seqlen_k=413)
     assert cfg.ragged
-    n, lowest = stage5.key_blocks.fn(0, shape, replace(cfg, ragged=False))
+    n, lowest = stage5.key_blocks.fn(0, 0, shape, replace(cfg, ragged=False))
     first = visible(300, 413, True, "cpu")[:128, (n - 1) * 128 :]
     assert lowest == 0 and not first.any(1).all()
 

@@ -113,12 +113,29 @@ class Kernel:
         self._launch(grid, 1, 1, stream, *self._head, *self._middle, *arguments)
 
 
-_counters: dict[int, tuple[torch.Tensor, dict[int, int], Any]] = {}
+_counters: dict[int, tuple[torch.Tensor, dict[tuple[int, int], int], Any]] = {}
 _counters_lock = threading.Lock()
+_scratch: dict[tuple[int, int], torch.Tensor] = {}
 
 
-def tile_counter(device: int, stream: int) -> int:
+def scratch(device: int, stream: int, floats: int) -> torch.Tensor:
+    """Uninitialised fp32 memory that only launches ordered after each other use.
+
+    A stream, which must be the current one, keeps its own for good, as it does with cuBLAS. A
+    launch that is captured into a CUDA graph gets memory of the graph.
+    """
+    held = _scratch.get((device, stream))
+    capturing = torch.cuda.is_current_stream_capturing()
+    if capturing or held is None or held.numel() < floats:
+        held = torch.empty(floats, dtype=torch.float32, device=torch.device("cuda", device))
+        if not capturing:
+            _scratch[device, stream] = held
+    return held
+
+
+def tile_counter(device: int, stream: int, slots: int = 1) -> int:
     """Address of two zeroed integers that only launches ordered after each other use, or 0.
+    With more `slots`, of so many times COUNTER_INTS.
 
     A kernel leaves them zeroed, so launches of one stream share a slot. A launch that is captured
     into a CUDA graph gets a slot of its own for good, since the graph may be replayed on any
@@ -128,13 +145,13 @@ def tile_counter(device: int, stream: int) -> int:
     capturing = torch.cuda.is_current_stream_capturing()
     if not capturing and device in _counters:
         pool, by_stream, _ = _counters[device]
-        if (slot := by_stream.get(stream)) is not None:
+        if (slot := by_stream.get((stream, slots))) is not None:
             return pool.data_ptr() + slot * COUNTER_INTS * 4
     with _counters_lock:
-        return new_counter(device, stream, capturing)
+        return new_counter(device, stream, capturing, slots)
 
 
-def new_counter(device: int, stream: int, capturing: bool) -> int:
+def new_counter(device: int, stream: int, capturing: bool, slots: int = 1) -> int:
     """A slot that no launch has used yet; the caller holds the lock."""
     if device not in _counters:
         if capturing:
@@ -144,11 +161,13 @@ def new_counter(device: int, stream: int, capturing: bool) -> int:
         torch.cuda.current_stream(device).synchronize()  # once: any stream may use it from here on
         _counters[device] = (pool, {}, itertools.count())
     pool, by_stream, free = _counters[device]
-    slot = None if capturing else by_stream.get(stream)
+    slot = None if capturing else by_stream.get((stream, slots))
     if slot is None:
         slot = next(free)
-        if slot >= COUNTER_SLOTS:
+        for _ in range(slots - 1):
+            next(free)
+        if slot + slots > COUNTER_SLOTS:
             return 0
         if not capturing:
-            by_stream[stream] = slot
+            by_stream[stream, slots] = slot
     return pool.data_ptr() + slot * COUNTER_INTS * 4

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_ladder.tiles import first_dealt
 from attn_ladder.warpgroup import exp2, opaque, row_layout, unary
 
 LN_2 = gl.constexpr(math.log(2))
@@ -64,6 +65,54 @@ def store_tile(
     o_smem.reshape([64, cfg.headdim]).store(acc.to(o_smem.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(o_desc, [b, row, head - b * shape.nheads, 0], o_smem)
+
+
+@gluon.jit
+def merge_parts(
+    acc, l_i, m_i, i, scratch_ptr, counter_ptr, shape, WG: gl.constexpr, cfg: gl.constexpr
+):
+    """Leave a part of 64 rows in the workspace; the CTA that comes last merges all parts of them.
+
+    acc [64, headdim], l_i and m_i [64] in the layout of its rows. Returns (whether this CTA merges,
+    acc, l_i, m_i of all parts). They are added up in the order of the keys, whoever comes last.
+    """
+    HEADDIM: gl.constexpr = cfg.headdim
+    layout: gl.constexpr = acc.type.layout
+    rows: gl.constexpr = l_i.type.layout
+    columns: gl.constexpr = gl.SliceLayout(0, layout)
+    SLOT: gl.constexpr = 64 * (HEADDIM + 2)
+    n = shape.num_blocks
+    ctas = gl.num_programs(0)
+    tile = first_dealt(gl.program_id(0), shape) // n + i - shape.rounds  # of those that are left
+    offs_m = gl.arange(0, 64, rows)
+    offs = offs_m[:, None] * HEADDIM + gl.arange(0, HEADDIM, columns)[None, :]
+    part_ptr = scratch_ptr + ((gl.program_id(0) * 2 + i - shape.rounds) * 2 + WG) * SLOT
+    gl.store(part_ptr + offs, acc)
+    gl.store(part_ptr + 64 * HEADDIM + offs_m, l_i)
+    gl.store(part_ptr + 64 * HEADDIM + 64 + offs_m, m_i)
+    gl.thread_barrier()
+    lowest = ((tile * n + 1) * ctas - 1) // shape.dealt  # the CTAs that have parts of this tile
+    highest = ((tile + 1) * n * ctas - 1) // shape.dealt
+    place_ptr = counter_ptr + tile * 2 + WG
+    last = gl.atomic_add(place_ptr, 1, sem="acq_rel") == highest - lowest
+    if last:
+        m_all = gl.full([64], -float("inf"), gl.float32, rows)
+        for cta in range(lowest, highest + 1):
+            k = tile - first_dealt(cta, shape) // n
+            part_ptr = scratch_ptr + ((cta * 2 + k) * 2 + WG) * SLOT + 64 * HEADDIM + 64
+            m_all = gl.maximum(m_all, gl.load(part_ptr + offs_m, cache_modifier=".cg"))
+        acc = gl.zeros([64, HEADDIM], gl.float32, layout)
+        l_i = gl.zeros([64], gl.float32, rows)
+        for cta in range(lowest, highest + 1):
+            k = tile - first_dealt(cta, shape) // n
+            part_ptr = scratch_ptr + ((cta * 2 + k) * 2 + WG) * SLOT
+            m_part = gl.load(part_ptr + 64 * HEADDIM + 64 + offs_m, cache_modifier=".cg")
+            scale = exp2(m_part - m_all)
+            l_i += scale * gl.load(part_ptr + 64 * HEADDIM + offs_m, cache_modifier=".cg")
+            acc += scale[:, None] * gl.load(part_ptr + offs, cache_modifier=".cg")
+        m_i = m_all
+        gl.store(place_ptr, 0)
+    return last, acc, l_i, m_i
 
 
 @gluon.jit

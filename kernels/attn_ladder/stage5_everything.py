@@ -38,11 +38,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_ladder.launch import Kernel, Layout, tile_counter
+from attn_ladder.launch import COUNTER_INTS, Kernel, Layout, scratch, tile_counter
 from attn_ladder.problem import Problem
-from attn_ladder.rows import hide, hide_diagonal, redo_tile, store_tile
+from attn_ladder.rows import hide, hide_diagonal, merge_parts, redo_tile, store_tile
 from attn_ladder.stage import Stage
-from attn_ladder.tiles import TILE_LIST, Shape, listed_tile, num_tiles, tile_of
+from attn_ladder.tiles import TILE_LIST, Shape, listed_tile, num_tiles, part_of, tile_of
 from attn_ladder.warpgroup import (
     barriers,
     either,
@@ -58,6 +58,7 @@ from attn_ladder.warpgroup import (
 STAGE = Stage(title="Everything: lazy maximum, ping-pong, no masks", removes="branching")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 LOG2_E = math.log2(math.e)
+LEAST_DEALT = 4  # key blocks for each CTA in the last round, below which merging costs more
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Config:
     cross_tile: bool = False  # the next tile's first product runs under the epilogue
     mask_all: bool = False  # every block is masked, as if none were known to be visible
     producer_warps: int = 1
-    schedule: str = "static"  # or "pairs" of a long and a short tile, or "dynamic"
+    schedule: str = "static"  # or "split", "pairs" of a long and a short tile, or "dynamic"
     l2_bytes: int = 32 << 20  # keys and values of the heads that are processed together
 
     def __post_init__(self) -> None:
@@ -90,14 +91,17 @@ class Config:
             (self.num_buffers >= 2, "num_buffers", "to be at least 2"),
             (self.num_q_buffers >= 1, "num_q_buffers", "to be at least 1"),
             (self.producer_warps in (1, 2, 4), "producer_warps", "to be 1, 2 or 4"),
-            (self.schedule in ("static", "pairs", "dynamic"), "schedule", "a known order"),
+            (self.schedule in ("static", "split", "pairs", "dynamic"), "schedule", "a known order"),
+            (self.schedule != "split" or not (self.causal or self.ragged or self.cross_tile),
+             "schedule", "causal, ragged and cross_tile to be False for split"),
             (self.overlap in ("own", "others"), "overlap", "to be own or others"),
             (self.ping_pong or self.overlap == "own", "overlap", "ping_pong to be others"),
             (square or not (self.ragged and self.causal), "ragged", "128 x 128 tiles if causal"),
             (self.fixed_diagonal or not self.half_diagonal,
              "half_diagonal", "128 x 128 tiles, causal and not ragged"),
             (not (self.cross_tile and self.causal), "cross_tile", "causal=False"),
-            (self.causal or self.schedule == "static", "schedule", "to be static if not causal"),
+            (self.causal or self.schedule in ("static", "split"),
+             "schedule", "to be static or split if not causal"),
         ):  # fmt: skip
             if not fits:
                 raise ValueError(f"{name}={getattr(self, name)!r} needs {needs}: {self}")
@@ -117,7 +121,8 @@ def choose_config(headdim: int, causal: bool, seqlen_k: int, ragged: bool = Fals
     two = dict(num_buffers=3, num_q_buffers=2, overlap="others")
     three = dict(two, consumers=3, q_in_registers=False)
     if headdim == 128 and not causal:
-        return Config(128, False, ragged, q_in_registers=not ragged)
+        schedule = "static" if ragged else "split"
+        return Config(128, False, ragged, q_in_registers=not ragged, schedule=schedule)
     if headdim == 128 and (ragged or seqlen_k > 2048):
         whole = dict(half_diagonal=not ragged, schedule="dynamic")
         return Config(128, True, ragged, q_in_registers=False, **whole)
@@ -157,12 +162,15 @@ def take_turn(OPERATION: gl.constexpr, INDEX: gl.constexpr, cfg: gl.constexpr):
 
 
 @gluon.jit
-def key_blocks(m, shape, cfg: gl.constexpr):
+def key_blocks(i, m, shape, cfg: gl.constexpr):
     """(number of key blocks of a tile, at least one; first key of the lowest one).
 
     Blocks start at multiples of BLOCK_N, except in ragged causal tiles: there the last one ends at
     the diagonal of the tile, and the lowest one may begin before key 0, where TMA reads zeros.
     """
+    if cfg.schedule == "split":
+        begin, stop = part_of(i, shape, cfg)
+        return stop - begin, begin * cfg.BLOCK_N
     lowest = 0
     keys = shape.seqlen_k
     if cfg.causal:
@@ -199,7 +207,7 @@ def load_partition(given, cfg: gl.constexpr):
         b = head // shape.nheads
         h = head - b * shape.nheads
         hk = h // shape.group
-        n, lowest = key_blocks(m, shape, cfg)
+        n, lowest = key_blocks(tile, m, shape, cfg)
         coord = [b, lowest + (n - 1) * N, hk, 0]
         fill(k_desc, coord, k_ring, it % DEPTH, (it // DEPTH) & 1)
         for w in gl.static_range(CONSUMERS):
@@ -303,7 +311,8 @@ def key_step(
 @gluon.jit
 def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup: 64 rows of every tile of this CTA."""
-    redo_descs, o_desc, rings, o_buffers, tiles, lse_ptr, shape, qk_scale = given
+    redo_descs, o_desc, rings, o_buffers, tiles, lse_ptr, workspace, shape, qk_scale = given
+    scratch_ptr, counter_ptr = workspace
     q_ring, k_ring, v_ring = rings
     o_smem, redo_ready_bar = o_buffers
     tiles_smem, tile_ready_bar = tiles
@@ -336,7 +345,7 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
     while tile < end:
         m, head = tile_of(tile, shape, cfg)
         row = m * cfg.BLOCK_M + WG * 64
-        n, lowest = key_blocks(m, shape, cfg)
+        n, lowest = key_blocks(tile, m, shape, cfg)
         if cfg.causal and cfg.consumers == 3:  # free the blocks that these 64 rows do not see
             seen = min((row + 64 + shape.seqlen_k - shape.seqlen_q + N - 1) // N, n)
             for _ in range(n - seen):
@@ -418,9 +427,18 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
         l_i = l_i + 0.0 * gl.convert_layout(thread_sums(acc), sums)  # NaN if acc is not finite
         l_row = gl.convert_layout(gl.sum(l_i, 1), rows)
         m_row = gl.convert_layout(m_i, rows)
-        exact = (l_row >= 0.5) & (l_row <= 1152921504606846976.0)  # 2^60
-        flags = flags | (gl.where(exact | (m_row == -float("inf")), 0, 1) << ((ti - 1) % 32))
-        store_tile(acc, l_row, m_row, m, head, WG, o_desc, o_smem.index(WG), lse_ptr, shape, cfg)
+        whole = True
+        if cfg.schedule == "split":
+            if n < shape.num_blocks:
+                whole, acc, l_row, m_row = merge_parts(
+                    acc, l_row, m_row, ti - 1, scratch_ptr, counter_ptr, shape, WG, cfg
+                )
+        if whole:
+            exact = (l_row >= 0.5) & (l_row <= 1152921504606846976.0)  # 2^60
+            flags = flags | (gl.where(exact | (m_row == -float("inf")), 0, 1) << ((ti - 1) % 32))
+            store_tile(
+                acc, l_row, m_row, m, head, WG, o_desc, o_smem.index(WG), lse_ptr, shape, cfg
+            )
         if cfg.cross_tile:
             s = warpgroup_mma_wait(0, deps=[s])
             release(k_ring, it % DEPTH)
@@ -441,8 +459,8 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
 
 @gluon.jit
 def attention_kernel(
-    q_desc, k_desc, v_desc, o_desc, k_redo_desc, v_redo_desc, lse_ptr, counter_ptr, shape, qk_scale,
-    cfg: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, k_redo_desc, v_redo_desc, lse_ptr, scratch_ptr, counter_ptr,
+    shape, qk_scale, cfg: gl.constexpr,
 ):  # fmt: skip
     CONSUMERS: gl.constexpr = cfg.consumers
     LIST: gl.constexpr = TILE_LIST if cfg.schedule == "dynamic" else 1
@@ -460,7 +478,8 @@ def attention_kernel(
     tiles = (tiles_smem, barriers(8, 1))
     redo_descs = (q_desc, k_redo_desc, v_redo_desc)
     load = ((q_desc, k_desc, v_desc), rings, tiles, counter_ptr, shape)
-    softmax = (redo_descs, o_desc, rings, out, tiles, lse_ptr, shape, qk_scale)
+    workspace = (scratch_ptr, counter_ptr)
+    softmax = (redo_descs, o_desc, rings, out, tiles, lse_ptr, workspace, shape, qk_scale)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -493,7 +512,8 @@ def source(cfg: Config, dtype: str) -> dict:
         f"{name}_desc": f"tensordesc<{dtype}[1, {n}, 1, {cfg.headdim}],{layout!r}>"
         for name, n in rows.items()
     }
-    signature |= {"lse_ptr": "*fp32", "counter_ptr": "*i32", "qk_scale": "fp32"}
+    signature |= {"lse_ptr": "*fp32", "scratch_ptr": "*fp32", "counter_ptr": "*i32"}
+    signature |= {"qk_scale": "fp32"}
     signature["shape"] = Shape(*["i32"] * len(Shape._fields))
     return {"kernel": attention_kernel, "signature": signature, "constexprs": {"cfg": cfg}}
 
@@ -532,8 +552,15 @@ def schedule(
     heads = min(num_heads, max(1, cfg.l2_bytes // (4 * seqlen_k * headdim)) * group)
     heads = -(-num_heads // -(-num_heads // heads))  # groups of equal size: a short last one hurts
     heads = min(num_heads, -(-heads // group) * group)
-    shape = Shape(seqlen_q, seqlen_k, nheads, group, num_m, num_heads, heads)
-    return cfg, shape, min(num_sms, tiles // 2 if cfg.schedule == "pairs" else tiles)
+    grid = min(num_sms, tiles // 2 if cfg.schedule == "pairs" else tiles)
+    blocks = -(-seqlen_k // cfg.BLOCK_N)
+    dealt = tiles % grid * blocks
+    if cfg.schedule == "split" and not LEAST_DEALT * grid <= dealt < 2**31 // grid:
+        cfg = replace(cfg, schedule="static")
+    shape = Shape(
+        seqlen_q, seqlen_k, nheads, group, num_m, num_heads, heads, blocks, tiles // grid, dealt
+    )
+    return cfg, shape, grid
 
 
 @lru_cache(maxsize=64)
@@ -546,9 +573,9 @@ def plan(
     config: Config | None, dtype: torch.dtype, device: int, causal: bool, q_size: tuple[int, ...],
     k_size: tuple[int, ...], q_strides: tuple[int, ...], k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
-) -> tuple[Kernel, Callable[..., tuple], bool, Shape, int, torch.Tensor]:  # fmt: skip
+) -> tuple[Kernel, Callable[..., tuple], Config, Shape, int, torch.Tensor]:  # fmt: skip
     """What calls that differ in addresses only share: the kernel, its tensor maps as a function of
-    the addresses of q, k, v and out, whether it counts tiles, its shape, its number of CTAs, and a
+    the addresses of q, k, v and out, its configuration, its shape, its number of CTAs, and a
     single number seen as an LSE: `empty_like` takes a quarter of the time of `empty`."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     cfg, shape, grid = schedule(config, q_size, k_size, causal, num_sms)
@@ -560,7 +587,7 @@ def plan(
     )
     one = torch.empty((), dtype=torch.float32, device=torch.device("cuda", device))
     lse = one.expand(q_size[0], q_size[2], q_size[1])
-    return kernel, maps, cfg.schedule == "dynamic", shape, grid, lse
+    return kernel, maps, cfg, shape, grid, lse
 
 
 def forward(
@@ -582,16 +609,25 @@ def forward(
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return forward(q, k, v, softmax_scale=softmax_scale, causal=causal, config=config)
-    kernel, maps, dynamic, shape, grid, lse = plan(
+    kernel, maps, cfg, shape, grid, lse = plan(
         config, q.dtype, device, causal, q.shape, k.shape, q.stride(), k.stride(), v.stride()
     )
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty_like(lse, memory_format=torch.contiguous_format)
     descs = maps(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
     stream = torch._C._cuda_getCurrentRawStream(device)
-    counter = tile_counter(device, stream) if dynamic else 0
+    counter = parts = 0
+    if cfg.schedule == "dynamic":
+        counter = tile_counter(device, stream)
+    elif cfg.schedule == "split":
+        counter = tile_counter(device, stream, -(-2 * grid // COUNTER_INTS))
+        if not counter:
+            config = replace(cfg, schedule="static")
+            return forward(q, k, v, softmax_scale=softmax_scale, causal=causal, config=config)
+        held = scratch(device, stream, grid * 2 * 2 * 64 * (q.shape[3] + 2))
+        parts = held.data_ptr()
     qk_scale = LOG2_E * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
-    kernel.launch(grid, stream, (*descs, lse.data_ptr(), counter, shape, qk_scale, None))
+    kernel.launch(grid, stream, (*descs, lse.data_ptr(), parts, counter, shape, qk_scale, None))
     return out, lse
 
 

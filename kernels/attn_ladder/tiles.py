@@ -18,12 +18,41 @@ class Shape(NamedTuple):
     num_m: int  # tiles of a head
     num_heads: int  # batch * nheads
     heads_together: int
+    num_blocks: int = 0  # of keys, of a tile; these three are for the schedule "split"
+    rounds: int = 0  # whole tiles of a CTA
+    dealt: int = 0  # key blocks of the tiles that are left
+
+
+@gluon.jit
+def first_dealt(cta, shape):
+    """The schedule "split": CTAs take whole tiles in turn as often as all of them get one; the key
+    blocks of the tiles that are left are dealt out evenly, in one run of blocks for each CTA, which
+    begins here."""
+    return cta * shape.dealt // gl.num_programs(0)
+
+
+@gluon.jit
+def part_of(i, shape, cfg: gl.constexpr):
+    """(first key block, end) of what this CTA computes of its i-th tile."""
+    begin = 0
+    stop = shape.num_blocks
+    if i >= shape.rounds:
+        first = first_dealt(gl.program_id(0), shape)
+        before = (first // shape.num_blocks + i - shape.rounds) * shape.num_blocks
+        begin = gl.maximum(first - before, 0)
+        stop = gl.minimum(first_dealt(gl.program_id(0) + 1, shape) - before, stop)
+    return begin, stop
 
 
 @gluon.jit
 def num_tiles(shape, cfg: gl.constexpr):
     """How many tiles this CTA takes; with the counter, how many there are."""
     tiles = shape.num_heads * shape.num_m
+    if cfg.schedule == "split":
+        n = shape.num_blocks
+        first = first_dealt(gl.program_id(0), shape)
+        end = first_dealt(gl.program_id(0) + 1, shape)
+        return shape.rounds + (end + n - 1) // n - first // n
     if cfg.schedule == "dynamic":
         return tiles
     if cfg.schedule == "pairs":
@@ -43,6 +72,13 @@ def tile_of(i, shape, cfg: gl.constexpr):
     else:
         if cfg.schedule == "static":
             i = gl.program_id(0) + gl.num_programs(0) * i
+        elif cfg.schedule == "split":
+            ctas = gl.num_programs(0)
+            if i < shape.rounds:
+                i = gl.program_id(0) + ctas * i
+            else:
+                first = first_dealt(gl.program_id(0), shape)
+                i += first // shape.num_blocks + shape.rounds * (ctas - 1)
         if cfg.causal:  # groups of heads, in each the longest tile first
             first = i // (shape.num_m * shape.heads_together) * shape.heads_together
             size = max(1, min(shape.heads_together, shape.num_heads - first))
