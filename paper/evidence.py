@@ -98,6 +98,16 @@ class Evidence:
         value = found.get("median", found.get("value"))
         return None if value is None else Value(value, found.get("ci_low"), found.get("ci_high"))
 
+    def all_of(self, suite: str, metric: str) -> dict[tuple[str, str], Value]:
+        """A metric of everything in a suite that has it, by problem and subject."""
+        found = {}
+        for s, problem, subject, name, regime in self._metrics:
+            if (s, name) == (suite, metric):
+                value = self.metric(suite, problem, subject, metric, regime)
+                if value is not None:
+                    found[problem, subject] = value
+        return found
+
     def speedup(
         self, suite: str, problem: str, subject: str, peer: str, regime: str = "spaced"
     ) -> Value | None:

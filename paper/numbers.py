@@ -12,9 +12,10 @@ from typing import Annotated
 
 import typer
 
-from attn_profiling import predict
+from attn_profiling import predict, tidy_serving
 from attn_profiling.record import write_text
 from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, REFERENCE_PEER
+from paper import in_use
 from paper.evidence import Evidence, Value, known_of, load
 from paper.tables import GATE, escape
 
@@ -195,6 +196,46 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         put(text(percent, 1, r"\,\%"), name, "prediction off")
         put(f"{100 * target:.0f}", "prediction target percent")
     put(evidence.prediction_status, "prediction status")
+    return found | _in_use(evidence)
+
+
+def _in_use(evidence: Evidence) -> dict[str, str]:
+    """The macros of decoding and of the model; `...Measured` is 1 where there is something."""
+    found: dict[str, str] = {}
+
+    def put(text_of: str, *words: str) -> None:
+        found[macro(*words)] = text_of
+
+    suite, ours = in_use.SUITE, tidy_serving.OURS
+    timed = [subject for _, subject in evidence.all_of(suite, "gpu_us")]
+    put(str(int(ours in timed)), "decode measured")
+    for name, word in (
+        (tidy_serving.SMALL, "small"), (tidy_serving.LARGE, "large"), (MINIMUM, "least"),
+    ):  # fmt: skip
+        ratio = evidence.speedup(suite, name, ours, REFERENCE_PEER)
+        put(with_interval(ratio, 3), "decode over", REFERENCE_PEER, word)
+    pages = evidence.speedup(suite, MINIMUM, ours, tidy_serving.CONTIGUOUS)
+    put(with_interval(pages, 3), "decode pages least")
+    for name in ("right", "wrong"):
+        checks = evidence.metric(suite, tidy_serving.CHECKS, ours, f"checks_{name}")
+        put(text(checks, 0), "decode checks", name)
+    shares = [
+        value.value
+        for problem, _ in in_use.shapes(evidence)
+        if tidy_serving.kv_bytes(problem) > 1e9
+        and (value := evidence.metric(suite, problem.id, ours, "of_copy", "spaced"))
+    ]
+    put(text(Value(min(shares)) if shares else None, 0), "decode of copy least")
+    model, library = tidy_serving.MODEL, "attn_ladder"
+    every = evidence.metric(model, tidy_serving.TOKENS, library, "token_agreement")
+    put(str(int(every is not None)), "model measured")
+    put(text(every and Value(100 * every.value), 1), "token agreement percent")
+    for name in ("prompts", "ties", "differences"):
+        count = evidence.metric(model, tidy_serving.TOKENS, library, f"token_{name}")
+        put(text(count, 0), "token", name)
+    for name in ("cache_bytes", "expanded_bytes"):
+        sizes = [value.value / 1e6 for value in evidence.all_of(model, name).values()]
+        put(text(Value(sizes[0]) if sizes else None, 0), name.split("_")[0], "megabytes")
     return found
 
 

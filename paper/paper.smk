@@ -17,7 +17,7 @@ EVIDENCE = [
 TABLES = expand(
     "paper/generated/{name}.tex",
     name="grid grid_fp16 grid_stages ladder variants which_fa3 locks published constraints verdicts criteria witnesses stalls host regimes"
-    " roofline prediction predictions checks left_out stages".split(),
+    " roofline prediction predictions decode tokens token_differences serving_speed checks left_out stages".split(),
 )
 FIGURES = expand(
     "paper/generated/{name}.pdf",
@@ -77,7 +77,10 @@ rule verdict:
 rule tables:
     input:
         EVIDENCE,
-        expand("paper/{name}", name=["tables.py", "published.csv", "fa3_builds.csv"]),
+        expand(
+            "paper/{name}",
+            name=["tables.py", "table.py", "in_use.py", "published.csv", "fa3_builds.csv"],
+        ),
         expand("requirements/{name}.txt", name=["base", "cuda"]),
         IMAGE,
     output:
@@ -124,7 +127,7 @@ rule figures:
 rule numbers:
     input:
         EVIDENCE,
-        "paper/numbers.py",
+        expand("paper/{name}.py", name=["numbers", "in_use", "table"]),
         IMAGE,
     output:
         NUMBERS,
@@ -157,7 +160,7 @@ rule report:
         EVIDENCE,
         expand(
             "paper/{name}",
-            name=["figures.py", "report.py", "tables.py", "published.csv", "fa3_builds.csv"],
+            name="figures.py report.py tables.py table.py in_use.py published.csv fa3_builds.csv".split(),
         ),
         expand("requirements/{name}.txt", name=["base", "cuda"]),
         "paper/templates/report.html.j2",

@@ -30,6 +30,7 @@ SECTIONS = (
     ("The model", ("prediction", "predictions", "roofline"), ("prediction",)),
     ("Counters", ("witnesses", "stalls"), ()),
     ("Calls, clocks and energy", ("host", "regimes"), ("two_clocks",)),
+    ("In use", ("decode", "tokens", "token_differences", "serving_speed"), ()),
     ("Correctness, and what was left out", ("checks", "left_out"), ()),
 )  # fmt: skip
 
@@ -52,6 +53,10 @@ TITLES = {
     "stalls": "Where the warps are",
     "host": "Cost and latency of a call",
     "regimes": "Clock, power and energy",
+    "decode": "Decoding beside FA3",
+    "tokens": "Tokens of a model",
+    "token_differences": "Where tokens differ",
+    "serving_speed": "Tokens a second",
     "checks": "The green gate",
     "left_out": "In the record, not in the tables",
     "ratio": "Speed over FA3",

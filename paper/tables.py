@@ -12,7 +12,6 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from textwrap import shorten
@@ -26,6 +25,7 @@ from attn_profiling import environment, metrics, model, predict
 from attn_profiling.record import write_text
 from attn_profiling.tidy import csv_text
 from attn_profiling.verdict import Hypothesis
+from paper import in_use
 from paper.evidence import (
     BEST,
     MEDIAN,
@@ -40,6 +40,7 @@ from paper.evidence import (
     load,
     number,
 )
+from paper.table import Table
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 ResultsOption = Annotated[Path, typer.Option("--results")]
@@ -52,25 +53,6 @@ GATE = "gate-b16"
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 PUBLISHED = Path(__file__).with_name("published.csv")
 FA3_BUILDS = Path(__file__).with_name("fa3_builds.csv")
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of plain text under a header; `note` says what the reader must know."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    rules: frozenset[int] = frozenset()
-    """Rows before which a rule is drawn."""
-    align: str = ""
-    labels: int = 1
-    """How many leading columns name a row; the others hold what was found."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was found for any row."""
-        return all(cell in ("", "–") for row in self.rows for cell in row[self.labels :])
 
 
 _LATEX = {
@@ -938,6 +920,10 @@ TABLES: dict[str, Callable[[Evidence], Table]] = {
     "roofline": roofline,
     "prediction": prediction,
     "predictions": predictions,
+    "decode": in_use.decode,
+    "tokens": in_use.tokens,
+    "token_differences": in_use.token_differences,
+    "serving_speed": in_use.serving_speed,
     "checks": checks,
     "left_out": left_out,
 }

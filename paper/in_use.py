@@ -1,0 +1,151 @@
+"""Tables of what users call: decoding beside FA3, and a model through transformers."""
+
+from __future__ import annotations
+
+from attn_ladder.problem import Problem
+from attn_profiling.tidy_serving import CHECKS, CONTIGUOUS, LARGE, MODEL, OURS, SMALL, kv_bytes
+from paper.evidence import MINIMUM, REFERENCE_PEER, Evidence, Value, interval, number
+from paper.table import Table
+
+SUITE = "decode"
+TOKENS = ("token_prompts", "token_ties", "token_differences")
+
+
+def shapes(evidence: Evidence) -> list[tuple[Problem, Problem | None]]:
+    """The problems of decoding without pages, each with its twin in pages."""
+
+    def shape(p: Problem) -> tuple[object, ...]:
+        return (p.dtype, p.batch, p.seqlen_k, p.nheads, p.nheads_k, p.headdim)
+
+    problems = evidence.suite(SUITE)
+    paged = {shape(p): p for p in problems if p.page_size}
+    return [(p, paged.get(shape(p))) for p in problems if not p.page_size]
+
+
+def decode(evidence: Evidence) -> Table:
+    """One query token on a KV cache: ours, FA3, and how far from reading K and V once."""
+    rows = []
+    for problem, twin in shapes(evidence):
+        sure = "" if evidence.conclusive(SUITE, problem.id) else "†"
+        times = [
+            number(evidence.metric(SUITE, problem.id, name, "gpu_us", "spaced"), 1)
+            for name in (OURS, REFERENCE_PEER)
+        ]
+        pages = evidence.speedup(SUITE, twin.id, OURS, CONTIGUOUS) if twin else None
+        rows.append(
+            [
+                str(problem.batch),
+                f"{problem.nheads}/{problem.nheads_k}",
+                str(problem.headdim),
+                f"{problem.seqlen_k}{sure}",
+                f"{kv_bytes(problem) / 1e6:.0f}",
+                *times,
+                interval(evidence.speedup(SUITE, problem.id, OURS, REFERENCE_PEER), 3),
+                number(evidence.metric(SUITE, problem.id, OURS, "of_copy", "spaced")),
+                interval(pages, 3),
+            ]
+        )
+    for name, word in (
+        (SMALL, "median, under 64 MiB"),
+        (LARGE, "median, from 64 MiB"),
+        (MINIMUM, "least"),
+    ):
+        found = [evidence.speedup(SUITE, name, OURS, p) for p in (REFERENCE_PEER, CONTIGUOUS)]
+        cells = [interval(value, 3) for value in found]
+        rows.append(["", word, "", "", "", "", "", cells[0], "", cells[1]])
+    return Table(
+        ["batch", "heads", "d", "keys", "MB", "ours µs", "FA3 µs", "over FA3", "of copy %",
+         "pages of 256"],
+        rows,
+        "One query token for each sequence, bf16, GPU time behind a full queue, L2 cold. MB: K and"
+        " V, read once. FA3: the best of its numbers of splits and its own choice, by shape. Of"
+        " copy: bytes of K and V over time, against a large copy. Pages: time contiguous over time"
+        f" in pages. {_checks(evidence)} † the A/A pair was off in every attempt: inconclusive,"
+        " left out of the reductions.",
+        frozenset({len(rows) - 3}),
+        "rlrrrrrrrr",
+        labels=5,
+    )  # fmt: skip
+
+
+def _checks(evidence: Evidence) -> str:
+    right = evidence.metric(SUITE, CHECKS, OURS, "checks_right")
+    wrong = evidence.metric(SUITE, CHECKS, OURS, "checks_wrong")
+    if right is None or wrong is None:
+        return "Checks: not measured."
+    return f"Checks before: {right.value:.0f} right, {wrong.value:.0f} wrong."
+
+
+def _case(problem: str) -> list[str]:
+    """Case, cache and reference of a group of prompts."""
+    case, *cache = problem.split(", ")
+    return [case, ", ".join(cache[:-1]), cache[-1].removeprefix("against ")]
+
+
+def tokens(evidence: Evidence) -> Table:
+    """Greedy tokens against those of the references, by case."""
+    rows = []
+    for (problem, subject), share in evidence.all_of(MODEL, "token_agreement").items():
+        found = [evidence.metric(MODEL, problem, subject, name) for name in TOKENS]
+        prompts = found[0].value if found[0] else 0
+        whole = ["all", "", ""]
+        names = _case(problem) if ", " in problem else whole
+        cells = [number(value) for value in found]
+        rows.append([*names, cells[0], f"{share.value * prompts:.0f}", *cells[1:]])
+    rows.sort(key=lambda row: row[0] == "all")
+    return Table(
+        ["case", "cache", "against", "prompts", "identical", "first difference a tie", "different"],
+        rows,
+        "64 greedy tokens for each prompt. A tie: the reference prefers its token by no more than"
+        " rounding (twice the largest difference of the logits at that step, and two units of their"
+        " number format).",
+        frozenset({len(rows) - 1}) if len(rows) > 1 else frozenset(),
+        "lllrrrr",
+        labels=3,
+    )
+
+
+def token_differences(evidence: Evidence) -> Table:
+    """Where tokens differ: the figures of the first difference."""
+    rows = []
+    for (problem, subject), agree in evidence.all_of(MODEL, "first_difference_agree").items():
+        place, _, prompt = problem.rpartition(", ")
+        found = [
+            evidence.metric(MODEL, problem, subject, f"first_difference_{name}")
+            for name in ("margin", "rounding", "ulp", "tie")
+        ]
+        figures = ["–" if value is None else f"{value.value:.3g}" for value in found[:3]]
+        tie = "yes" if found[3] and found[3].value else "no"
+        rows.append([*_case(place), prompt.removesuffix(" tokens"), number(agree), *figures, tie])
+    measured = bool(evidence.all_of(MODEL, "token_agreement"))
+    if measured and not rows:
+        rows = [["none", "", "", "", "no token differs", "", "", "", ""]]
+    return Table(
+        ["case", "cache", "against", "prompt", "tokens before", "margin", "rounding", "unit",
+         "tie"],
+        rows,
+        "Margin: by how much the reference prefers its token. Rounding: the largest difference of"
+        " the two logits at that step. Unit: of the logits' number format there.",
+        align="lllrrrrrl",
+        labels=4,
+    )  # fmt: skip
+
+
+def serving_speed(evidence: Evidence) -> Table:
+    """Tokens a second of a model, wall time, by attention implementation."""
+    found = evidence.all_of(MODEL, "tokens_per_s")
+    names = ("attn_ladder", "sdpa", REFERENCE_PEER)
+    rows = []
+    for problem in sorted({problem for problem, _ in found}):
+        values: list[Value | None] = [found.get((problem, name)) for name in names]
+        ours, sdpa = values[:2]
+        ratio = f"{ours.value / sdpa.value:.2f}" if ours and sdpa else "–"
+        rows.append([problem, *(interval(value, 0) for value in values), ratio])
+    return Table(
+        ["", "ours", "sdpa", "FA3", "ours over sdpa"],
+        rows,
+        "Tokens a second of wall time, the same model with one attention implementation after the"
+        " other; intervals are of one process. Decode as a CUDA graph: FA3 is not registered with a"
+        " static cache.",
+        align="lrrrr",
+    )

@@ -1,0 +1,102 @@
+"""What the paper says of decoding and of a model, from a synthetic run and from one without."""
+
+import pytest
+import synthetic
+
+from attn_profiling import record
+from paper import in_use, numbers, report, tables
+from paper.evidence import load
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    results = synthetic.shared() / "results"
+    return load(results, synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory):
+    """A run whose configuration named no model, and none of decoding."""
+    folder = tmp_path_factory.mktemp("without")
+    maker = synthetic.Maker(folder / "raw")
+    maker.device()
+    maker.check("smoke")
+    maker.timing("smoke", "spaced")
+    maker.model(reason="not measured: no model named")
+    synthetic.derive(folder / "raw", folder / "results")
+    return load(folder / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+
+
+def test_the_decode_table_has_every_shape_with_its_interval(evidence):
+    table = in_use.decode(evidence)
+    assert len(table.rows) == 23 + 3
+    first = dict(zip(table.header, table.rows[0], strict=True))
+    assert (first["batch"], first["heads"], first["keys"], first["MB"]) == ("1", "32/8", "512", "2")
+    assert first["over FA3"].startswith("1.2") and "[" in first["over FA3"]
+    assert 0.97 < float(first["pages of 256"].split()[0]) < 0.99
+    named = {row[1]: row[7] for row in table.rows[-3:]}
+    assert named["median, under 64 MiB"].startswith("1.25")
+    assert named["median, from 64 MiB"].startswith("1.10")
+    assert named["least"].startswith("1.")
+    assert "Checks before: 12 right, 0 wrong." in table.note
+
+
+def test_the_token_tables_have_cases_and_first_differences(evidence):
+    rows = {tuple(row[:3]): row[3:] for row in in_use.tokens(evidence).rows}
+    assert rows["alone", "dynamic", "sdpa"] == ["3", "2", "1", "0"]
+    assert rows["alone", "static", "eager"] == ["3", "3", "0", "0"]
+    assert rows["all", "", ""] == ["12", "11", "1", "0"]
+    (row,) = in_use.token_differences(evidence).rows
+    assert row == ["alone", "dynamic", "sdpa", "55", "31", "0", "0.125", "0.125", "yes"]
+
+
+def test_the_case_of_a_bounded_cache_keeps_its_comma():
+    found = in_use._case("batch of the short, bounded, past, against eager")
+    assert found == ["batch of the short", "bounded, past", "eager"]
+
+
+def test_the_speed_table_has_a_row_for_each_measurement(evidence):
+    rows = {row[0]: row[1:] for row in in_use.serving_speed(evidence).rows}
+    assert set(rows) == {"decode, graph, batch 1, after 1024", "prefill, batch 1",
+                         "prefill, batch 8"}  # fmt: skip
+    ours, sdpa, fa3, ratio = rows["prefill, batch 8"]
+    assert ours.startswith("819200 [") and sdpa.startswith("655360 [")
+    assert (fa3, ratio) == ("–", "1.25")
+
+
+def test_the_prose_has_its_numbers(evidence):
+    found = numbers.numbers(evidence)
+    assert found[r"\DecodeMeasured"] == found[r"\ModelMeasured"] == "1"
+    assert found[r"\DecodeOverFaThreeSmall"].startswith("1.25")
+    assert found[r"\DecodeChecksWrong"] == "0" and found[r"\TokenTies"] == "1"
+    assert found[r"\TokenAgreementPercent"] == "91.7" and found[r"\TokenDifferences"] == "0"
+    assert (found[r"\CacheMegabytes"], found[r"\ExpandedMegabytes"]) == ("377", "1132")
+    assert int(found[r"\DecodeOfCopyLeast"]) > 80
+
+
+def test_what_was_not_measured_says_so(without):
+    found = numbers.numbers(without)
+    assert found[r"\DecodeMeasured"] == found[r"\ModelMeasured"] == "0"
+    assert found[r"\DecodeOverFaThreeSmall"] == found[r"\TokenPrompts"] == numbers.MISSING
+    for name in ("decode", "tokens", "token_differences", "serving_speed"):
+        assert tables.TABLES[name](without).is_empty, name
+        assert "not measured in this run" in tables.latex(tables.TABLES[name](without), "stamp")
+    main = (synthetic.ROOT / "paper" / "main.tex").read_text()
+    section = main.split(r"\section{In use}")[1].split(r"\section")[0]
+    assert section.count("not measured in this run.") == 2
+
+
+def test_where_decoding_is_stale_its_numbers_are_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "source_hash", lambda name: "0" * 16)
+    maker = synthetic.Maker(tmp_path / "raw")
+    maker.device()
+    maker.decode("smoke_decode")
+    synthetic.derive(tmp_path / "raw", tmp_path / "results")
+    found = load(tmp_path / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+    assert numbers.numbers(found)[r"\DecodeMeasured"] == "0"
+    assert in_use.decode(found).is_empty
+
+
+def test_the_report_shows_them():
+    shown = [name for _, names, _ in report.SECTIONS for name in names]
+    assert set(shown) == set(tables.TABLES) and set(shown) <= set(report.TITLES)
