@@ -26,6 +26,7 @@ __all__ = [
     "label",
     "load",
     "number",
+    "plain",
 ]
 
 SHORT = {"fa3": "FA3", "fa4": "FA4", "fa2": "FA2", "cudnn": "cuDNN"}
@@ -231,15 +232,21 @@ def label(subject: str) -> str:
     return f"stage {subject[5:]}" if subject.startswith("stage") else subject.replace("_", " ")
 
 
+def plain(value: float, digits: int) -> str:
+    """A number with so many decimals; what rounds to zero has no sign."""
+    return f"{value:.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+
+
 def interval(value: Value | None, digits: int = 2) -> str:
     """A value with its interval as text, `–` where it was not measured."""
     if value is None:
         return "–"
+    shown = plain(value.value, digits)
     if value.low is None or value.high is None:
-        return f"{value.value:.{digits}f}"
-    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+        return shown
+    return f"{shown} [{plain(value.low, digits)}, {plain(value.high, digits)}]"
 
 
 def number(value: Value | None, digits: int = 0) -> str:
     """A value as text, `–` where it was not measured."""
-    return "–" if value is None else f"{value.value:.{digits}f}"
+    return "–" if value is None else plain(value.value, digits)

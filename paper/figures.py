@@ -205,6 +205,7 @@ def _threshold(evidence: Evidence, constraint: str, axes: Any) -> None:
         va="bottom",
         fontsize=6.5,
         color="#c0392b",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
     )
 
 

@@ -16,7 +16,7 @@ from attn_profiling import predict, tidy_serving
 from attn_profiling.record import write_text
 from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, REFERENCE_PEER
 from paper import in_use
-from paper.evidence import Evidence, Value, known_of, load
+from paper.evidence import Evidence, Value, interval, known_of, load, plain
 from paper.tables import GATE, escape
 
 DIGITS = dict(zip("0123456789", ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven",
@@ -32,14 +32,14 @@ def macro(*words: str) -> str:
 
 def text(value: Value | None, digits: int, unit: str = "") -> str:
     """A value as LaTeX text; says so where it was not measured."""
-    return MISSING if value is None else f"{value.value:.{digits}f}{unit}"
+    return MISSING if value is None else f"{plain(value.value, digits)}{unit}"
 
 
 def with_interval(value: Value | None, digits: int) -> str:
     """A value with its 95 % interval."""
     if value is None or value.low is None or value.high is None:
         return text(value, digits)
-    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    return interval(value, digits)
 
 
 def _median_of(

@@ -39,6 +39,7 @@ from paper.evidence import (
     label,
     load,
     number,
+    plain,
 )
 from paper.table import Table
 
@@ -341,24 +342,30 @@ def which_fa3(evidence: Evidence) -> Table:
     )
 
 
+_USED = ("jsonschema", "ncu-report", "numpy", "nvidia-ml-py", "nvtx", "pyyaml", "snakemake")
+"""What measuring imports of the base lock."""
+
+
 def locks(evidence: Evidence) -> Table:
     """Where the environment of the run is not the one that the locks describe."""
     recorded = dict(evidence.provenance["packages"])
     pinned = environment.pins("cuda")
-    rows = [
-        [name, recorded[name], version]
-        for name, version in sorted(pinned.items())
-        if name in recorded and recorded[name].partition("+")[0] != version.partition("+")[0]
+    shared = [name for name in sorted(pinned) if name in recorded]
+    differing = [
+        name
+        for name in shared
+        if recorded[name].partition("+")[0] != pinned[name].partition("+")[0]
     ]
-    shared = [name for name in recorded if name in pinned]
-    python = recorded.get("python")
-    same = len(shared) - len(rows)
+    used = {name for name in pinned if name not in environment.pins("base")} | {*_USED}
+    rows = [[name, recorded[name], pinned[name]] for name in differing if name in used]
+    others = [name for name in differing if name not in used]
+    note = f" Not imported to measure, and different too: {', '.join(others)}." if others else ""
     return Table(
         ["package", "in the run", "in the lock"],
-        rows or [["all", f"{len(shared)} as locked", ""]],
-        f"Of {len(shared)} packages that the run recorded and requirements/ pins, {same} have the"
-        f" pinned version. Python of the run: {python or 'not recorded'}; the locks are for 3.11"
-        " and 3.12.",
+        rows or [["all that measuring imports", "as locked", ""]],
+        f"Of {len(shared)} packages that the run recorded and requirements/ pins,"
+        f" {len(shared) - len(differing)} have the pinned version. Python of the run:"
+        f" {recorded.get('python', 'not recorded')}; the locks are for 3.11 and 3.12.{note}",
         labels=1,
     )
 
@@ -395,24 +402,24 @@ def published(evidence: Evidence) -> Table:
         here = [
             evidence.metric("grid", problem.id, "fa3", "tflops", r) for r in ("spaced", "sustained")
         ]
-        ratio = (
-            f"{here[1].value / float(there):.2f}" if here[1] is not None and there != "–" else "–"
-        )
-        rows.append([*shape(problem), there, number(here[0]), number(here[1]), ratio])
+        ratios = [
+            "–" if h is None or there == "–" else plain(h.value / float(there), 2) for h in here
+        ]
+        rows.append([*shape(problem), there, *map(number, here), *ratios])
     return Table(
         ["d", "mask", "seqlen", "published fp16", "spaced bf16", "sustained bf16",
-         "sustained / published"],
+         "spaced / published", "sustained / published"],
         rows,
         "Published: labels of the bars in figure 5 of the FA3 paper (forward, fp16, H100 SXM5); the"
         " label of headdim 128, full, 512 could not be read with certainty.",
         _grid_rules(problems),
-        "rlrrrrr",
+        "rlrrrrrr",
         labels=4,
     )  # fmt: skip
 
 
 def _number_of(text: str, digits: int) -> str:
-    return f"{float(text):.{digits}f}" if text else "–"
+    return plain(float(text), digits) if text else "–"
 
 
 def _verdict_cells(row: Mapping[str, str]) -> list[str]:
@@ -886,17 +893,22 @@ def left_out(evidence: Evidence) -> Table:
          + ", ".join(f"{r:.3f}" for r in i["aa_ratios"] if r is not None)]
         for i in found["inconclusive"]
     ]  # fmt: skip
-    grouped: dict[tuple[str, str, str], int] = {}
+    grouped: dict[tuple[str, str], Counter[str]] = {}
     for item in found["excluded"]:
-        key = (item["suite"], item["subject"], f"{item['status']}: {item['reason']}")
-        grouped[key] = grouped.get(key, 0) + 1
+        why = f"{item['status']}: {item['reason']}"
+        grouped.setdefault((item["suite"], why), Counter())[item["subject"]] += 1
     rows += [
-        [suite, f"{label(subject)}, {count} entries", shorten(reason, 160, placeholder=" …")]
-        for (suite, subject, reason), count in sorted(grouped.items())
+        [
+            suite,
+            ", ".join(f"{label(s)} ({n})" for s, n in sorted(counts.items())),
+            shorten(why, 160, placeholder=" …"),
+        ]
+        for (suite, why), counts in sorted(grouped.items())
     ]
     return Table(
         ["suite or file", "what", "why"],
         rows,
+        "In brackets: on how many problems of a record.",
         align="lp{0.34\\linewidth}p{0.44\\linewidth}",
     )
 

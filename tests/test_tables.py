@@ -131,10 +131,13 @@ def test_another_environment_than_the_locks_is_listed(evidence, monkeypatch):
     pinned = environment.pins("cuda")
     recorded = {"python": "3.12.3", "torch": f"{pinned['torch']}+cu130", "numpy": pinned["numpy"]}
     monkeypatch.setitem(evidence.provenance, "packages", recorded)
-    assert tables.locks(evidence).rows == [["all", "2 as locked", ""]]
+    assert tables.locks(evidence).rows == [["all that measuring imports", "as locked", ""]]
     monkeypatch.setitem(recorded, "numpy", "2.5.2")
     assert tables.locks(evidence).rows == [["numpy", "2.5.2", pinned["numpy"]]]
     assert "Python of the run: 3.12.3" in tables.locks(evidence).note
+    monkeypatch.setitem(recorded, "certifi", "1")
+    assert len(tables.locks(evidence).rows) == 1
+    assert tables.locks(evidence).note.endswith("and different too: certifi.")
 
 
 def test_a_device_without_known_peaks_has_no_model(evidence, monkeypatch):
@@ -155,6 +158,7 @@ def test_numbers_as_text():
     assert interval(Value(1.234, 1.2, 1.26)) == "1.23 [1.20, 1.26]"
     assert interval(Value(1.234)) == "1.23" and interval(None) == "–"
     assert number(Value(12.6)) == "13" and number(None) == "–"
+    assert interval(Value(0.02, -0.003, 0.04)) == "0.02 [0.00, 0.04]"
 
 
 def test_the_grid_has_every_problem_and_marks_the_inconclusive_one(evidence):
