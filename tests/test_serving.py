@@ -274,6 +274,22 @@ def test_a_shape_that_loses_the_gpu_does_not_keep_the_others(step):
     assert any("decode-b1-h9-k3-d64-512: inconclusive" in line for line in serving.summary(data))
 
 
+def test_what_failed_once_is_measured_again_and_what_is_wrong_is_not(step):
+    def answer(n, entry):
+        if "k3" in entry["id"]:
+            return result(samples={}, left_out={"decode": "wrong: error 1, bound 0"})
+        first = n <= 3  # checks, and the two processes of the first attempt
+        failed = {"samples": {}, "left_out": {"decode": "ActivityError: 3 records are lost"}}
+        return result(**failed) if first else result()
+
+    data = step(answer)
+    rows = {row["problem"]["id"]: row for row in data["problems"]}
+    again, wrong = rows["decode-b1-h32-k8-d128-2k"], rows["decode-b1-h9-k3-d64-512"]
+    assert [a["ok"] for a in again["attempts"]] == [False, True] and again["status"] == "ok"
+    assert again["left_out"] == {}
+    assert len(wrong["attempts"]) == 1 and wrong["left_out"]["decode"].startswith("wrong")
+
+
 # -- the model
 
 

@@ -33,6 +33,7 @@ SILENCE_S = 240.0
 TRY_ROUNDS = 5  # for each configuration of FA3
 SEQUENCES = 4  # of a batch that are compared before it is timed
 OURS, PEER = "decode", "fa3"
+LOST = ("illegal memory access", "unspecified launch failure")
 NO_MODEL = "not measured: no model named (config key `model`)"
 
 
@@ -229,6 +230,12 @@ class Unit:
         pages = [twin.page_size for twin in self.paged]
         return {"id": p.id, "shape": shape, "pages": pages, "chosen": self.chosen}
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether measuring again is of no use: wrong, or it takes the GPU from its process."""
+        why = self.left_out.get(OURS, "")
+        return why.startswith("wrong") or any(text in why for text in LOST)
+
     def note(self, result: Mapping[str, Any]) -> None:
         """Carry what a process chose, and what it left out, to the others."""
         if self.chosen is None:
@@ -369,10 +376,12 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
         for unit in pending:
             merged = merge(attempt, results[unit.problem.id], measuring.aa_tolerance)
             unit.attempts.append(merged)
+            if OURS in merged["samples"]:  # what failed before has worked in every process
+                unit.left_out.pop(OURS, None)
             if not merged["ok"]:
                 text = f"{unit.problem.id}, attempt {attempt}: {merged['message']}"
                 console.print(text, highlight=False, soft_wrap=True)
-        pending = [u for u in pending if not u.attempts[-1]["ok"] and OURS not in u.left_out]
+        pending = [u for u in pending if not u.attempts[-1]["ok"] and not u.is_lost]
         if not pending:
             break
     rows = {row["problem"]["id"]: row for unit in planned for row in unit.rows()}
