@@ -124,7 +124,7 @@ def choose_config(headdim: int, causal: bool, seqlen_k: int, ragged: bool = Fals
         schedule = "static" if ragged else "split"
         return Config(128, False, ragged, q_in_registers=not ragged, schedule=schedule)
     if headdim == 128 and (ragged or seqlen_k > 2048):
-        whole = dict(half_diagonal=not ragged, schedule="dynamic")
+        whole = dict(num_q_buffers=2, half_diagonal=not ragged, schedule="dynamic")
         return Config(128, True, ragged, q_in_registers=False, **whole)
     if headdim == 128:
         pairs = dict(half_diagonal=True, schedule="pairs", l2_bytes=16 << 20)
@@ -545,7 +545,7 @@ def schedule(
     num_heads = batch * nheads
     tiles = num_m * num_heads
     if cfg.schedule == "pairs" and num_m % 2:
-        cfg = replace(cfg, schedule="dynamic", num_q_buffers=1)  # its list takes the room
+        cfg = replace(cfg, schedule="dynamic")
     if cfg.schedule == "dynamic" and tiles > num_sms * (TILE_LIST.value - 1):
         cfg = replace(cfg, schedule="static")
     group = nheads // nheads_k
