@@ -4,7 +4,7 @@ from attn_ladder.stage import kernel_hash
 
 from attn_profiling import device as found_device
 from attn_profiling.config import MODEL
-from attn_profiling.settings import selected
+from attn_profiling.settings import once, selected
 from attn_profiling.sources import source_hash
 
 
@@ -30,6 +30,16 @@ def kernels(step):
 
 def problems(wildcards):
     return [str(problem) for problem in PLAN.problems[wildcards.suite]]
+
+
+def profiled(wildcards):
+    """The problems that a suite profiles: those that a suite before it holds are left to that one."""
+
+    def subjects(suite):
+        return selected(PLAN.subjects, config["only"], suite, "profile")
+
+    order = config["suites"]["profile"]
+    return [str(p) for p in once(wildcards.suite, order, PLAN.problems.__getitem__, subjects)]
 
 
 def sharing(suite):
@@ -161,7 +171,7 @@ rule profile:
     params:
         tool=cmd("attn-profiling", gpu=True, counters=True),
         kernels=kernels("profile"),
-        problems=problems,
+        problems=profiled,
         measuring=config["measuring"],
         fa3_module=config["fa3_module"],
     shell:

@@ -528,6 +528,11 @@ def pack(kernels: Sequence[Kernel]) -> bytes:
     ).encode()
 
 
+def joined(reports: Sequence[bytes]) -> bytes:
+    """One report of the kernels of several."""
+    return json.dumps([kernel for data in reports for kernel in json.loads(data)]).encode()
+
+
 def open_report(data: bytes, name: str, counters: Sequence[str]) -> list[Kernel]:
     """`ncu_rep.open_report` for the bytes of `pack`."""
     return [

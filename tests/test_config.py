@@ -47,6 +47,18 @@ def test_the_default_is_valid():
     assert len(selection.problems["grid"]) == 24
 
 
+def test_counters_are_read_on_the_whole_grid_and_the_gate():
+    assert {"grid", "gate"} <= set(DEFAULT["suites"]["profile"])
+    assert validate(changed(suites__profile=["profile", "control"]), ROOT)
+
+
+def test_a_suite_that_would_profile_nothing_is_an_error():
+    wrong = changed(suites__profile=["grid", "gate", "profile"])
+    assert "all problems of 'profile' are in suites before it" in error_of(wrong)
+    part = changed(suites__profile=["grid", "profile"])  # gate-b16 is left
+    assert validate(part, ROOT)
+
+
 def test_smoke_is_valid_and_small():
     config = merged(DEFAULT, SMOKE)
     selection = validate(config, ROOT)

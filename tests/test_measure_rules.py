@@ -55,6 +55,12 @@ def test_suites_of_others_problems_need_their_checks(plan):
     assert "timing/control.spaced.json" in needs(plan, "ncu/control.json")
 
 
+def test_counters_of_the_grid_need_its_own_check_and_timing(plan):
+    needed = needs(plan, "ncu/grid.json")
+    assert {"check/grid.json", "timing/grid.spaced.json"} <= set(needed)
+    assert "check/control.json" not in needed
+
+
 def test_configurations_are_chosen_before_they_are_used(plan):
     for output in ("timing/grid.sustained.json", "ncu/profile.json"):
         assert "timing/grid.spaced.json" in needs(plan, output)

@@ -57,6 +57,47 @@ class Evaluator:
         convert = self.lib.NVPW_MetricsEvaluator_ConvertMetricNameToMetricEvalRequest
         return convert(struct) == 0
 
+    def raw(self, counter):
+        """The hardware counters behind a counter."""
+        request = ctypes.create_string_buffer(64)
+        name = ctypes.c_char_p(counter.encode())
+        self.call(
+            "NVPW_MetricsEvaluator_ConvertMetricNameToMetricEvalRequest",
+            48, 0, self.handle, ctypes.cast(name, ctypes.c_void_p).value,
+            ctypes.addressof(request), 14,
+        )  # fmt: skip
+        words = [0, self.handle, ctypes.addressof(request), 1, 14, 16]
+        asked = "NVPW_MetricsEvaluator_GetMetricRawDependencies"
+        struct = (ctypes.c_uint64 * 11)(88, *words, 0, 0, 0, 0)
+        assert getattr(self.lib, asked)(struct) == 0
+        needed, optional = (ctypes.c_char_p * max(struct[i], 1) for i in (8, 10))
+        kept = needed(), optional()
+        struct = (ctypes.c_uint64 * 11)(
+            88, *words, ctypes.addressof(kept[0]), struct[8], ctypes.addressof(kept[1]), struct[10]
+        )
+        assert getattr(self.lib, asked)(struct) == 0
+        return set(kept[0][: struct[8]])
+
+    def passes(self, counters):
+        """Passes over a kernel that hardware counters take together."""
+
+        class Request(ctypes.Structure):
+            _fields_ = [
+                ("size", ctypes.c_size_t), ("private", ctypes.c_void_p), ("name", ctypes.c_char_p),
+                ("isolated", ctypes.c_uint8), ("keep_instances", ctypes.c_uint8),
+            ]  # fmt: skip
+
+        config = self.call("NVPW_CUDA_RawMetricsConfig_Create_V2", 48, 0, 1, b"GH100", 0, 0)
+        struct = (ctypes.c_uint64 * 4)(32, 0, config, 0)
+        assert self.lib.NVPW_RawMetricsConfig_BeginPassGroup(struct) == 0
+        for name in sorted(set().union(*(self.raw(counter) for counter in counters))):
+            request = Request(26, None, name, 1, 1)
+            struct = (ctypes.c_uint64 * 5)(40, 0, config, ctypes.addressof(request), 1)
+            assert self.lib.NVPW_RawMetricsConfig_AddMetrics(struct) == 0
+        struct = (ctypes.c_uint64 * 3)(24, 0, config)
+        assert self.lib.NVPW_RawMetricsConfig_EndPassGroup(struct) == 0
+        return self.call("NVPW_RawMetricsConfig_GetNumPasses_V2", 32, 0, config, 0)
+
 
 @pytest.fixture(scope="module")
 def evaluator():
@@ -74,6 +115,34 @@ def test_every_counter_exists_on_an_h100(evaluator):
 )
 def test_a_counter_that_does_not_exist_is_unknown(evaluator, wrong):
     assert not evaluator.knows(wrong)
+
+
+def test_the_listed_counters_take_few_passes(evaluator):
+    """What a profiled kernel costs on the GPU: ncu counts the same 38 to 41 passes for all
+    sections. Counters of single instructions (`sass`) are ncu's own and come on top."""
+
+    def hardware(names):
+        return [c for c in names if not c.startswith("launch__") and "__sass_" not in c]
+
+    assert evaluator.passes(hardware(metrics.ncu_metrics(["bf16"]))) <= 9
+    both = hardware(metrics.ncu_metrics())
+    assert 9 < evaluator.passes(both) <= 12
+    assert evaluator.passes([metrics.TIME]) == 1
+
+
+def test_tensor_operations_of_another_dtype_are_not_counted():
+    kernel = synthetic.kernels_of(PROBLEM, "fa3")[-1]
+    others = {c: 1e30 for c in metrics.TENSOR_OPS if c not in metrics.tensor_counters("bf16")}
+    assert len(others) == 2
+    more = replace(kernel, counters={**kernel.counters, **others})
+    fewer = replace(kernel, counters={c: v for c, v in kernel.counters.items() if c not in others})
+    first, second, third = (
+        metrics.derive_all(metrics.combine([k], PROBLEM, WHERE)) for k in (kernel, more, fewer)
+    )
+    assert first == second == third
+    wrong = {c: v for c, v in kernel.counters.items() if c not in metrics.TENSOR_OPS}
+    with pytest.raises(metrics.MissingCounter, match="src_bf16"):
+        metrics.derive_all(metrics.combine([replace(kernel, counters=wrong)], PROBLEM, WHERE))
 
 
 def test_every_constraint_has_witnesses():

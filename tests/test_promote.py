@@ -1,5 +1,6 @@
 """A run becomes the recorded one whole, or nothing changes."""
 
+import hashlib
 import json
 import lzma
 import os
@@ -117,6 +118,33 @@ def test_missing_and_foreign_reports_are_listed(run, recorded):
     reports[1].write_bytes(b"something else")
     text = refused(run, recorded, "no such report")
     assert "its sha256 is not the recorded one" in text
+
+
+def share_a_report(run):
+    """All problems in one report, as one process of ncu leaves it."""
+    index = run / "ncu" / "smoke.json"
+    entries = json.loads(index.read_text())["reports"]
+    paths = [run / entry["file"] for entry in entries]
+    data = synthetic.joined([path.read_bytes() for path in paths])
+    for path in paths:
+        path.unlink()
+    shared = "ncu/smoke/shared-0123.ncu-rep"
+    (run / shared).write_bytes(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    edit(index, lambda d: [e.update(file=shared, sha256=sha256) for e in d["reports"]])
+    return run / shared
+
+
+def test_a_report_of_several_problems_is_packed_once(run, recorded):
+    shared = share_a_report(run)
+    data = shared.read_bytes()
+    shared.write_bytes(data + b" ")
+    assert "its sha256 is not the recorded one" in refused(run, recorded, "not complete")
+    shared.write_bytes(data)
+    told = []
+    promote.promote(run, recorded, tell=told.append)
+    assert told.count("ncu/smoke/shared-0123.ncu-rep") == 1
+    assert [p.name for p in (recorded / "ncu" / "smoke").iterdir()] == ["shared-0123.ncu-rep.xz"]
 
 
 def edit(path, change):

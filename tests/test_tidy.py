@@ -1,12 +1,15 @@
 """From raw files to tidy tables, on a synthetic run of known truth."""
 
 import csv
+import hashlib
 import json
 import lzma
+import os
 import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import synthetic
@@ -298,6 +301,66 @@ def test_a_packed_report_is_read(small):
     assert tidy.csv_text(tidy.METRICS_COLUMNS, read(small).metrics) == before
 
 
+def share_reports(raw, keep=lambda data: data):
+    """All problems in one report, as one process of ncu leaves it."""
+    index = raw / "ncu" / "profile.json"
+    paths = [raw / entry["file"] for entry in json.loads(index.read_text())["reports"]]
+    data = keep(synthetic.joined([path.read_bytes() for path in paths]))
+    shared = paths[0].with_name("shared.ncu-rep")
+    shared.write_bytes(data)
+    for path in paths:
+        path.unlink()
+    named = {"file": "ncu/profile/shared.ncu-rep", "sha256": hashlib.sha256(data).hexdigest()}
+    edit(index, lambda d: [entry.update(named) for entry in d["reports"]])
+
+
+def test_problems_can_share_a_report(small):
+    opened = []
+
+    def counting(data, name, counters):
+        opened.append(name)
+        return synthetic.open_report(data, name, counters)
+
+    before = tidy.csv_text(tidy.METRICS_COLUMNS, read(small).metrics)
+    share_reports(small)
+    tables = tidy.tidy(small, "replay", synthetic.PROBLEMS, counting)
+    assert tidy.csv_text(tidy.METRICS_COLUMNS, tables.metrics) == before
+    assert len(opened) == 1
+
+
+def test_a_shared_report_without_a_problem_is_an_error(small):
+    def without(data):
+        kernels = json.loads(data)
+        return json.dumps([k for k in kernels if not k[1][0].startswith("gate-b16.")]).encode()
+
+    share_reports(small, without)
+    with pytest.raises(ncu_rep.BadReport, match=r"0 kernels in NVTX range gate-b16"):
+        read(small)
+
+
+def test_listed_counters_without_those_of_instructions_give_the_other_metrics(small):
+    """A report with fewer sections than asked for everywhere else."""
+
+    def bare(data, name, counters):
+        kernels = synthetic.open_report(data, name, counters)
+        return [replace(kernel, instructions=()) for kernel in kernels]
+
+    edit(
+        small / "ncu" / "profile.json",
+        lambda d: [entry.update(sections="listed") for entry in d["reports"]],
+    )
+    tables = tidy.tidy(small, "replay", synthetic.PROBLEMS, bare)
+    found = {row["metric"] for row in tables.metrics if row["problem"] == "gate-b16"}
+    assert "stall_memory" in found and "cta_barriers" not in found
+    assert not [note for note in tables.provenance["notes"] if "single instructions" in note]
+    edit(
+        small / "ncu" / "profile.json",
+        lambda d: [entry.update(sections="full") for entry in d["reports"]],
+    )
+    tables = tidy.tidy(small, "replay", synthetic.PROBLEMS, bare)
+    assert [note for note in tables.provenance["notes"] if "single instructions" in note]
+
+
 def test_a_missing_report_is_an_error(small):
     report_of(small).unlink()
     with pytest.raises(ncu_rep.BadReport, match=r"gate-b16.ncu-rep: no such report"):
@@ -324,6 +387,40 @@ def test_a_foreign_report_is_an_error():
     for data in (b"", b"not a report", b"NVR\0" + b"x" * 100):
         with pytest.raises(ncu_rep.BadReport, match=r"foreign\.ncu-rep"):
             ncu_rep.open_report(data, "foreign.ncu-rep", metrics.ncu_metrics())
+
+
+def test_a_report_is_read_in_a_process_of_its_own():
+    """With a recorded one. The library that reads it would keep its memory."""
+    folder = synthetic.ROOT / "measurements" / "h100-sxm-80gb" / "ncu"
+    path = min(folder.glob("*/*.ncu-rep.xz"), key=lambda p: p.stat().st_size).with_suffix("")
+    read_here = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from attn_profiling import ncu_rep
+
+        def main():
+            path, read = Path(sys.argv[1]), getattr(ncu_rep, sys.argv[2])
+            kernels = read(ncu_rep.content(path), str(path), ["launch__block_size"])
+            print(len(kernels), sum(len(k.instructions) for k in kernels), kernels[0].ranges,
+                  kernels[0].counters, file=sys.stderr)
+            print("ncu_report" in sys.modules)
+
+        if __name__ == "__main__":
+            main()
+        """
+    )
+
+    def run(how):
+        words = [sys.executable, "-c", read_here, str(path), how]
+        path_of = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run(words, env=path_of, capture_output=True, text=True, check=True)
+
+    apart, here = run("open_apart"), run("open_report")
+    assert apart.stderr == here.stderr and "block_size" in here.stderr
+    assert (apart.stdout, here.stdout) == ("False\n", "True\n")
+    with pytest.raises(ncu_rep.BadReport, match=r"foreign\.ncu-rep"):
+        ncu_rep.open_apart(b"NVR\0", "foreign.ncu-rep", [])
 
 
 def test_a_report_without_one_kernel_is_an_error(small):

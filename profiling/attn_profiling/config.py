@@ -18,6 +18,7 @@ from jsonschema.exceptions import ValidationError
 
 from attn_ladder.problem import Problem, read_problems, select
 from attn_ladder.stage import subjects as known_subjects
+from attn_profiling.settings import once, selected
 
 Config = Mapping[str, Any]
 STEPS = ("check", "spaced", "sustained", "host", "profile")
@@ -245,6 +246,7 @@ def validate(config: Config, root: Path) -> Selection:
                 f"config: 'only.{place}' is neither a step nor a suite{_closest(place, places)};"
                 f" known: {', '.join(places)}"
             )
+    only = config["only"]
     names = list(known_subjects())
     lists = {f"only.{where}": some for where, some in config["only"].items()}
     if config["subjects"] != "all":
@@ -257,4 +259,12 @@ def validate(config: Config, root: Path) -> Selection:
                     f" subjects: {', '.join(names)}"
                 )
     names = [name for name in names if name in lists.get("subjects", names)]
+    order = config["suites"]["profile"]
+    subjects_of = lambda suite: selected(names, only, suite, "profile")
+    for suite in order:
+        if not once(suite, order, chosen.__getitem__, subjects_of):
+            raise ConfigError(
+                f"config: suites.profile: all problems of {suite!r} are in suites before it, so it"
+                " would profile nothing; name it before them"
+            )
     return Selection(tuple(names), chosen)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from attn_ladder.problem import Problem
+from attn_ladder.problem import DTYPES, Problem
 
 WARP_THREADS = 32
 TILE_PAIRS = 128 * 128
@@ -61,6 +61,11 @@ TENSOR_OPS = (
     "sm__ops_path_tensor_op_hmma_src_bf16_dst_fp32.sum",
     "sm__ops_path_tensor_op_hmma_src_fp16.sum",
 )
+
+
+def tensor_counters(dtype: str) -> tuple[str, ...]:
+    """The counters of tensor operations on inputs of a dtype; those of the other read 0."""
+    return tuple(c for c in TENSOR_OPS if f"_src_{dtype}" in c)
 
 
 class MissingCounter(ValueError):
@@ -129,7 +134,7 @@ class Metric:
 
     `derive` maps a combined call to the value, in `unit`, or to None where the metric does not
     apply to this call. `witness` is the constraint it bears on, or None. `source` metrics need
-    per-instruction counters, which only reports with all sections hold.
+    per-instruction counters, which ncu's section SourceCounters collects.
     """
 
     id: str
@@ -168,14 +173,18 @@ def _value(counter: str) -> Derive:
     return lambda call: call[counter]
 
 
+def _by_counter(call: Call) -> float:
+    return _sum_over(call, tensor_counters(call.problem.dtype))
+
+
 def _masked_work(call: Call) -> float | None:
-    executed = _sum_over(call, TENSOR_OPS) or call.waits.get("executed.tensor_ops")
+    executed = _by_counter(call) or call.waits.get("executed.tensor_ops")
     return 100 * (1 - call.problem.flops / executed) if executed else None
 
 
 def _counted_twice(call: Call) -> float | None:
     by_instruction = call.waits["executed.tensor_ops"]
-    return _sum_over(call, TENSOR_OPS) / by_instruction if by_instruction else None
+    return _by_counter(call) / by_instruction if by_instruction else None
 
 
 def _opcode(instruction: Instruction) -> str:
@@ -416,9 +425,14 @@ if len(BY_ID) != len(METRICS):
     raise ValueError("two metrics share an id")
 
 
-def ncu_metrics() -> list[str]:
-    """Counters to name to ncu (`--metrics`), sorted and without repeats."""
-    return sorted({TIME, ISSUE_ACTIVE, BLOCK_SIZE} | {c for m in METRICS for c in m.counters})
+def ncu_metrics(dtypes: Iterable[str] = DTYPES) -> list[str]:
+    """Counters to name to ncu (`--metrics`) for problems of some dtypes, sorted, without repeats.
+
+    Tensor operations of another dtype would only take passes: three of twelve.
+    """
+    needed = {c for dtype in dtypes for c in tensor_counters(dtype)}
+    listed = {TIME, ISSUE_ACTIVE, BLOCK_SIZE} | {c for m in METRICS for c in m.counters}
+    return sorted(listed - (set(TENSOR_OPS) - needed))
 
 
 def witnesses(constraint: str) -> list[Metric]:

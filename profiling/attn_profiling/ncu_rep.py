@@ -6,10 +6,13 @@ from __future__ import annotations
 import hashlib
 import lzma
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from attn_profiling.metrics import Instruction, Kernel
 
@@ -112,19 +115,18 @@ def _kernel(action: Any, counters: Sequence[str]) -> Kernel:
     return Kernel(str(action.name()), _ranges(action), values, _instructions(action, names))
 
 
-def open_report(data: bytes, name: str, counters: Sequence[str]) -> list[Kernel]:
-    """The kernels of a report given as bytes, with the wanted counters that it holds, in launch
-    order.
+Found = TypeVar("Found")
 
-    Raises `BadReport` naming the file where it is truncated, foreign or empty.
-    """
+
+def _each_kernel(data: bytes, name: str, read: Callable[[Any], Found]) -> list[Found]:
+    """What `read` makes of every profiled kernel of a report given as bytes, in launch order."""
     import ncu_report
 
     with _on_disk(data, name) as path:
         try:
             context = ncu_report.load_report(str(path))
             kernels = [
-                _kernel(context.range_by_idx(r).action_by_idx(a), counters)
+                read(context.range_by_idx(r).action_by_idx(a))
                 for r in range(context.num_ranges())
                 for a in range(context.range_by_idx(r).num_actions())
             ]
@@ -137,3 +139,32 @@ def open_report(data: bytes, name: str, counters: Sequence[str]) -> list[Kernel]
             f"{name}: holds no profiled kernel; it is truncated, foreign or empty: profile again"
         )
     return kernels
+
+
+def open_report(data: bytes, name: str, counters: Sequence[str]) -> list[Kernel]:
+    """The kernels of a report given as bytes, with the wanted counters that it holds, in launch
+    order.
+
+    Raises `BadReport` naming the file where it is truncated, foreign or empty.
+    """
+    return _each_kernel(data, name, lambda action: _kernel(action, counters))
+
+
+def open_apart(data: bytes, name: str, counters: Sequence[str]) -> list[Kernel]:
+    """`open_report` in a process of its own: the ncu-report package never gives back what it takes,
+    about twenty times the size of every report."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+        try:
+            return apart.submit(open_report, data, name, counters).result()
+        except BrokenProcessPool:
+            raise BadReport(
+                f"{name}: the process that read it died; is it a whole .ncu-rep?"
+            ) from None
+
+
+def kernel_ranges(data: bytes, name: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Each kernel of a report with the NVTX ranges that it lies in, quickly: nothing else is read.
+
+    Raises `BadReport` like `open_report`.
+    """
+    return _each_kernel(data, name, lambda action: (str(action.name()), _ranges(action)))

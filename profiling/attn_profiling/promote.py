@@ -122,7 +122,8 @@ def promote(
         for name in ("config.json", *records):
             _copy(run_dir / name, temporary / name)
             tell(name)
-        reports = [e["file"] for record in records.values() for e in record.get("reports", ())]
+        entries = [e for record in records.values() for e in record.get("reports", ())]
+        reports = list(dict.fromkeys(e["file"] for e in entries))  # problems can share one
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             packing = threads.map(lambda name: pack((run_dir / name).read_bytes()), reports)
             for name, data in zip(reports, packing, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,20 @@ def selected(
     return tuple(name for name in names if name in kept and in_suite(name, suite))
 
 
+def once(
+    suite: str,
+    order: Sequence[str],
+    problems: Callable[[str], Sequence[Problem]],
+    subjects: Callable[[str], Sequence[str]],
+) -> list[Problem]:
+    """The problems of a suite without those that a suite before it in `order` holds, with all the
+    subjects of this one."""
+    before = order[: order.index(suite)] if suite in order else ()
+    wider = [s for s in before if set(subjects(suite)) <= set(subjects(s))]
+    held = {problem.id for s in wider for problem in problems(s)}
+    return [problem for problem in problems(suite) if problem.id not in held]
+
+
 @dataclass(frozen=True)
 class Settings:
     """What to measure and how."""
@@ -61,6 +75,7 @@ class Settings:
     constraints: Path
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     model: Path | None = None
+    profile: tuple[str, ...] = ()
 
     @property
     def measuring_fields(self) -> dict[str, float]:
@@ -81,6 +96,15 @@ class Settings:
     def suite(self, name: str) -> list[Problem]:
         """The problems of a suite. Raises `ValueError` if there are none."""
         return select(self.problems, name)
+
+    def profiled(self, suite: str) -> list[Problem]:
+        """The problems of a suite that are profiled in it, and not in one before it."""
+        return once(
+            suite,
+            self.profile,
+            self.suite,
+            lambda name: selected(self.subjects, self.only, name, "profile"),
+        )
 
 
 def load(config: Path, run_dir: Path) -> Settings:
@@ -116,4 +140,5 @@ def load(config: Path, run_dir: Path) -> Settings:
             for where, names in data.get("only", {}).items()
         },
         model=Path(data["model"]) if data.get("model") else None,
+        profile=tuple(data.get("suites", {}).get("profile", ())),
     )

@@ -212,7 +212,7 @@ class Tidier:
         run: Run,
         tier: str,
         problems: Mapping[str, Problem],
-        open_report: Open = ncu_rep.open_report,
+        open_report: Open = ncu_rep.open_apart,
     ) -> None:
         self.run, self.tier, self.known = run, tier, problems
         self.device = run.device["device"]
@@ -686,11 +686,13 @@ class Tidier:
         counters = metrics.ncu_metrics()
         for path, data in self.run.profiles:
             version = data["content"]["ncu"]
+            opened: dict[str, list[metrics.Kernel]] = {}  # problems can share a report
             for report, problem in self.entries(path, data, "reports"):
                 file = self.run.raw / report["file"]
-                kernels = self.open_report(
-                    ncu_rep.check_sha256(file, report["sha256"]), str(file), counters
-                )
+                if report["sha256"] not in opened:
+                    content = ncu_rep.check_sha256(file, report["sha256"])
+                    opened = {report["sha256"]: self.open_report(content, str(file), counters)}
+                kernels = opened[report["sha256"]]
                 for subject, expected in report["subjects"].items():
                     if self.is_stale(path, data, subject):
                         continue
@@ -778,7 +780,7 @@ class Tidier:
         return self.tables
 
 
-def tidy(raw: Path, tier: str, problems: Path, open_report: Open = ncu_rep.open_report) -> Tables:
+def tidy(raw: Path, tier: str, problems: Path, open_report: Open = ncu_rep.open_apart) -> Tables:
     """All tables of the run in `raw`, against the table of problems as it is.
 
     `tier` is `replay` or `measure`, stamped on everything derived.

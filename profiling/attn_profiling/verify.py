@@ -255,7 +255,7 @@ def verify(
     recorded_dir: Path,
     tolerance: float = TOLERANCE,
     config: Path = Path("config"),
-    open_report: tidy.Open = ncu_rep.open_report,
+    open_report: tidy.Open = ncu_rep.open_apart,
 ) -> list[Claim]:
     """All claims of the recorded run that the fresh run bears on; `config` holds the hypotheses.
 
