@@ -867,12 +867,21 @@ def checks(evidence: Evidence) -> Table:
                 bound = evidence.metric(suite, problem.id, name, "bound")
                 if error and bound and bound.value:
                     worst = max(worst, error.value / bound.value)
-        rows.append([label(name), *cells, f"{worst:.2f}" if worst else "–"])
+        runs = [
+            found.value
+            for suite in ("grid", "gate")
+            for problem in evidence.suite(suite)
+            if (found := evidence.metric(suite, problem.id, name, "identical_runs"))
+        ]
+        cells.append(f"{worst:.2f}" if worst else "–")
+        cells.append(f"{min(runs):.0f} on {len(runs)}" if runs else "–")
+        rows.append([label(name), *cells])
     return Table(
-        ["", "grid", "grid fp16", "gate", "smoke", "worst error / bound"],
+        ["", "grid", "grid fp16", "gate", "smoke", "worst error / bound", "identical runs"],
         rows,
-        "Bound: twice the error of low-precision PyTorch against fp32, plus FA3's rounding term.",
-        align="lrrrrr",
+        "Bound: twice the error of low-precision PyTorch against fp32, plus FA3's rounding term."
+        " Identical runs: the fewest in a row that gave the same bits, on so many problems.",
+        align="lrrrrrr",
         labels=1,
     )
 

@@ -399,8 +399,10 @@ class Tidier:
                     self.metric(
                         suite, problem, subject, NO_REGIME, "correct", "1", value=result["ok"]
                     )
-                for name in ("max_error", "reference_error", "bound", "lse_error"):
-                    if result[name] is not None:
+                for name in (
+                    "max_error", "reference_error", "bound", "lse_error", "identical_runs",
+                ):  # fmt: skip
+                    if result.get(name) is not None:
                         self.metric(
                             suite, problem, subject, NO_REGIME, name, "1", value=result[name]
                         )
