@@ -867,12 +867,12 @@ def checks(evidence: Evidence) -> Table:
                 bound = evidence.metric(suite, problem.id, name, "bound")
                 if error and bound and bound.value:
                     worst = max(worst, error.value / bound.value)
-        runs = [
-            found.value
+        counted = [
+            evidence.metric(suite, problem.id, name, "identical_runs")
             for suite in ("grid", "gate")
             for problem in evidence.suite(suite)
-            if (found := evidence.metric(suite, problem.id, name, "identical_runs"))
         ]
+        runs = [value.value for value in counted if value]
         cells.append(f"{worst:.2f}" if worst else "–")
         cells.append(f"{min(runs):.0f} on {len(runs)}" if runs else "–")
         rows.append([label(name), *cells])
