@@ -32,6 +32,7 @@ RAGGED = {
     "prefill": ([1, 70, 130], [1, 70, 130], 2, 1, 64, True),
     "unequal": ([5, 1, 40], [100, 0, 20], 3, 3, 64, True),
     "not causal": ([33, 2], [7, 300], 2, 2, 128, False),
+    "long beside few queries": ([1, 3], [600, 129], 2, 2, 64, True),
 }
 
 
@@ -321,3 +322,12 @@ if __name__ == "__main__":
         print(json.dumps(cases(what == "wrong", 4 if what == "lanes" else 1)))
     else:
         print(json.dumps({"invariance": invariance, "errors": errors}[what]()))
+
+
+def test_ragged_keys_are_not_split_though_a_cache_of_them_would_be():
+    """Else the case would pass with all splits but the first left out."""
+    from attn_ladder.decode import plan
+
+    lens_q, lens_k, h, hk, d, _ = RAGGED["long beside few queries"]
+    config = plan(max(lens_q), h, hk, d)
+    assert config.max_splits > 1 and max(lens_k) > config.min_split

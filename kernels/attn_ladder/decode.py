@@ -560,7 +560,7 @@ def launch(
     out_strides = (*strides(out), 0 if ragged else lse.stride(0), lse.stride(-2))
     # the pipeliner halves the depth where the address of a load is loaded itself
     num_stages = 2 * config.num_stages - 1 if page_size else config.num_stages
-    splitting = (config.max_splits, config.min_split)
+    splitting = (1 if ragged else config.max_splits, config.min_split)
     policy = {
         "MODE": mode, "CAUSAL": causal, "INDEXED": index is not None and not ragged,
         "BLOCK_N": config.BLOCK_N, "HEADDIM": headdim,

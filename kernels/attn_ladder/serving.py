@@ -219,7 +219,7 @@ def _here(name: str, x: torch.Tensor | None, device: torch.device) -> torch.Tens
                 f"{name}.device={x.device} must be {device} while a graph is captured: a replay "
                 "would not read the CPU's values"
             )
-        x = x.to(device, non_blocking=True)
+        x = x.to(device)  # not asynchronous: pinned lengths may change right after the call
     return x if x.is_contiguous() else x.contiguous()
 
 

@@ -175,6 +175,7 @@ def ragged_cases(tiny: bool) -> list[Ragged]:
             (prefill, prefill, 9, 3, 64, True),
             ((5, 1, 0, 300), (1000, 0, 7, 20), 4, 4, 64, True),
             ((33, 2, 513), (7, 3000, 1025), 16, 1, 128, False),
+            ((1, 3), (8192, 129), 32, 8, 128, True),  # lengths that a cache would split
         )
     ]
 
