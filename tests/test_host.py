@@ -136,7 +136,14 @@ def suite(monkeypatch, tmp_path):
         chosen = settings.load(tmp_path / "config.json", tmp_path)
         return host.run(chosen, "gate", tmp_path / "host" / "gate.json")
 
-    run.folder = tmp_path
+    def close():
+        chosen = settings.load(tmp_path / "config.json", tmp_path)
+        session = Session(chosen, ["fa3", "stage1"], fake_gpu())
+        timing = {**session.header("timing", "gate"), "regime": "spaced", "problems": []}
+        record.write(tmp_path / "timing" / "gate.spaced.json", timing, "timing")
+        return host.close(chosen, "gate", tmp_path / "host" / "gate.json")
+
+    run.folder, run.close = tmp_path, close
     return run
 
 
@@ -160,6 +167,46 @@ def test_an_interrupted_suite_goes_on(suite):
     data = suite(lambda process, entry: {"fa3": sample(10.0)})
     assert FakeWorker.begun[0][0] == "gate-b4" and len(FakeWorker.begun) == 2
     assert len(data["problems"]) == 7
+
+
+def ends_in_the_third_process(process, entry):
+    if process == 3 and entry["problem"]["id"] == "gate-b4":
+        return WorkerDied("the machine is gone")
+    return {"fa3": sample(10.0)}
+
+
+def test_a_suite_interrupted_for_good_is_closed_with_what_is_whole(suite):
+    with pytest.raises(MeasureError):
+        suite(ends_in_the_third_process)
+    data = suite.close()
+    assert record.read(suite.folder / "host" / "gate.json", "host") == data
+    rows = {row["problem"]["id"]: row for row in data["problems"]}
+    assert rows["gate-b2"]["samples"]["fa3"]["eager_host_us"] == [[10.0]] * 3
+    assert rows["gate-b2"]["left_out"] == {"stage1": "unsupported: why"}
+    assert rows["gate-b4"]["samples"] == {}
+    assert rows["gate-b4"]["left_out"] == {
+        "fa3": "interrupted: 2 of 3 processes measured it",
+        "stage1": "unsupported: why",
+    }
+    provenance = data["provenance"]
+    assert provenance["closed"]["provenance_of"] == "timing/gate.spaced.json"
+    assert set(provenance["before"].values()) == set(provenance["after"].values()) == {None}
+
+
+def test_a_suite_of_other_kernels_is_not_closed(suite, monkeypatch):
+    with pytest.raises(MeasureError):
+        suite(ends_in_the_third_process)
+    monkeypatch.setattr(host, "kernel_hash", lambda name: "changed")
+    with pytest.raises(MeasureError, match="no problem was measured by every process"):
+        suite.close()
+    assert not (suite.folder / "host" / "gate.json").exists()
+
+
+def test_a_suite_without_a_whole_problem_is_not_closed(suite):
+    with pytest.raises(MeasureError):
+        suite(lambda process, entry: WorkerDied("at once"))
+    with pytest.raises(MeasureError, match="no problem was measured by every process"):
+        suite.close()
 
 
 def test_a_graph_that_failed_in_one_process_has_no_latency():

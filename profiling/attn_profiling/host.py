@@ -23,6 +23,7 @@ from typing import Any
 
 from attn_ladder.problem import Problem
 from attn_ladder.stage import kernel_hash
+from attn_profiling import device
 from attn_profiling.check import explain, gate, poisons_process
 from attn_profiling.guard import Guard
 from attn_profiling.inputs import Rotation, bound
@@ -344,12 +345,14 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
 def close(settings: Settings, suite: str, out: Path) -> Record:
     """Write the record of a suite that was interrupted for good, without a GPU.
 
-    A problem that not every process measured is left out, with the reason. Where it was measured is
-    read from the spaced timing of the same suite and run; GPU state before and after is not known.
+    A problem that not every process measured is left out, with the reason. Commit, packages and GPU
+    are those of the spaced timing of the same suite and run, which `provenance.closed` says; the
+    GPU's state before and after is not known.
     Raises `MeasureError` if kernels or configuration are no longer those of the run, or no problem
     is whole.
     """
-    sibling = read(settings.run_dir / "timing" / f"{suite}.spaced.json", "timing")
+    sibling_name = f"timing/{suite}.spaced.json"
+    sibling = read(settings.run_dir / sibling_name, "timing")
     names = settings.subjects_of(suite, "host")
     missing = [name for name in names if name not in sibling["subjects"]]
     if missing:
@@ -379,6 +382,7 @@ def close(settings: Settings, suite: str, out: Path) -> Record:
         **sibling["provenance"],
         "before": unknown,
         "after": unknown,
+        "closed": {"commit": device.commit(Path.cwd())[0], "provenance_of": sibling_name},
         "started": datetime.fromtimestamp(min(times), UTC).isoformat(timespec="seconds"),
         "seconds": round(max(times) - min(times), 1),
     }
