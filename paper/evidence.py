@@ -74,6 +74,7 @@ class Evidence:
             for row in verdict.read_rows(results / "speedups.csv")
         }
         self._predictions = constraints.with_name("predictions.csv")
+        self._pilot = constraints.with_name("pilot.csv")
         self._predicted = {
             (row["problem"], row["subject"]): Predicted(
                 float(row["predicted_us"]),
@@ -175,6 +176,23 @@ class Evidence:
             return None
         low, high = (None if v is None else v / found.us for v in (us.low, us.high))
         return Value(us.value / found.us, low, high)
+
+    def repetition_errors(self, suite: str, subject: str) -> list[float]:
+        """Pilot over measured time less 1: what repeating the times that the model was fitted to
+        would have predicted, of each measured problem that the pilot has in fp16."""
+        rows = verdict.read_rows(self._pilot) if self._pilot.is_file() else ()
+        known = {
+            row["problem"].removeprefix("fp16-"): float(row["us"])
+            for row in rows
+            if (row["subject"], row["source"]) == (subject, "fp16")
+        }
+        errors = []
+        for problem in self.suite(suite):
+            pilot = known.get(problem.id.partition("-")[2])
+            measured = self.metric(suite, problem.id, subject, "gpu_us", "spaced")
+            if pilot is not None and measured is not None:
+                errors.append(pilot / measured.value - 1)
+        return errors
 
     def prediction_errors(
         self, suite: str, subject: str, at_measured_clock: bool = False

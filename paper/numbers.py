@@ -144,7 +144,10 @@ def numbers(evidence: Evidence) -> dict[str, str]:
             for name, word in ((MEDIAN, "median"), (MINIMUM, "least")):
                 ratio = evidence.speedup("grid", name, top, peer, regime)
                 put(with_interval(ratio, 3), "top over", peer, word, regime)
+    sustained = evidence.speedup("grid", MEDIAN, top, REFERENCE_PEER, "sustained")
+    put(str(int(sustained is not None)), "sustained measured")
     fp16 = evidence.speedup("grid_fp16", MEDIAN, top, "cudnn")
+    put(str(int(fp16 is not None)), "half measured")
     put(with_interval(fp16, 3), "top over cudnn half median")
     for name in known_of("stage", "peer"):
         put(text(evidence.metric("gate", GATE, name, "tflops", "spaced"), 0), name, "gate tflops")
@@ -170,7 +173,7 @@ def numbers(evidence: Evidence) -> dict[str, str]:
     for metric, digits in (("eager_host_us", 0), ("eager_latency_us", 0), ("graph_latency_us", 0)):
         for name in ("fa3", "cudnn", top):
             who = "top" if name == top else name
-            put(text(evidence.metric("gate", "gate-b1", name, metric), digits), who, metric)
+            put(with_interval(evidence.metric("gate", GATE, name, metric), digits), who, metric)
     for name in ("fa3", "stage3", top):
         who = "top" if name == top else name
         for metric in ("launch_share", "launch_share_graph"):
@@ -194,6 +197,9 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         errors = evidence.prediction_errors("grid", name)
         percent = Value(100 * predict.off(errors)) if errors else None
         put(text(percent, 1, r"\,\%"), name, "prediction off")
+        errors = evidence.repetition_errors("grid", name)
+        percent = Value(100 * predict.off(errors)) if errors else None
+        put(text(percent, 1, r"\,\%"), name, "repetition off")
         put(f"{100 * target:.0f}", "prediction target percent")
     put(evidence.prediction_status, "prediction status")
     return found | _in_use(evidence)

@@ -675,6 +675,17 @@ def stalls(evidence: Evidence, problem: str = GATE) -> Table:
     )
 
 
+def _closed(evidence: Evidence, file: str) -> str:
+    """What is to be said of a record that was made after its measurement had been interrupted."""
+    closed = evidence.provenance.get("closed", {}).get(file)
+    if closed is None:
+        return ""
+    return (
+        " The measurement was interrupted for good; the record was made from its results by commit"
+        f" {closed['commit'][:12]}, with the machine and packages of {closed['provenance_of']}."
+    )
+
+
 def host(evidence: Evidence) -> Table:
     """What a call costs the host, and its latency."""
     rows = []
@@ -700,7 +711,8 @@ def host(evidence: Evidence) -> Table:
         "Medians in µs on the gate problem. Host: issuing a call at batch 1, with reused and with"
         " fresh pointers. Latency of one call at batch 1 and 32, eager and in a CUDA graph; the"
         " part of the eager latency at batch 32 that is not GPU time; time per sequence at batch 1"
-        " over that at batch 32 (the plan: 5 to 6).",
+        " over that at batch 32 (the plan: 5 to 6)."
+        + _closed(evidence, "host/gate.json"),
         align="l" + "r" * 9,
         labels=1,
     )  # fmt: skip
@@ -1018,7 +1030,9 @@ def headline(evidence: Evidence) -> str:
         median = evidence.speedup("grid", MEDIAN, top, peer)
         if median is not None:
             least = evidence.speedup("grid", MINIMUM, top, peer)
-            words.append(f"{interval(median)} of {word} in the median, {number(least, 2)} at least")
+            words.append(
+                f"{interval(median, 3)} of {word} in the median, {number(least, 3)} at least"
+            )
     if words:
         lines.append(f"On the grid of the FA3 paper {label(top)} reaches {'; '.join(words)}.")
     else:
@@ -1029,8 +1043,21 @@ def headline(evidence: Evidence) -> str:
     for row in constraints(evidence).rows:
         found = "not measured" if row[2] == "–" else row[2]
         lines.append(f"| {row[0]} | {row[1]}: {found} | {row[3]} | {row[7]} |")
-    lines += ["", f"*{evidence.stamp}*"]
+    lines += ["", *_open_criteria(evidence), "", f"*{evidence.stamp}*"]
     return "\n".join(lines)
+
+
+def _open_criteria(evidence: Evidence) -> list[str]:
+    """The gates and criteria that are not met, undecided or not measured, in a line each."""
+    rows = criteria(evidence).rows
+    met = sum(row[-1] == "met" for row in rows)
+    lines = [f"Of {len(rows)} gates and success criteria {met} are met. The others:", ""]
+    lines += [
+        f"- {row[-1]} ({row[1]}): {row[0]}" + (f" Found: {row[2]}." if row[2] != "–" else "")
+        for row in rows
+        if row[-1] != "met"
+    ]
+    return lines if met < len(rows) else [f"All {len(rows)} gates and success criteria are met."]
 
 
 @app.command("latex")

@@ -755,6 +755,11 @@ class Tidier:
                 }
                 for path, data in self.run.records()
             },
+            "closed": {
+                path.relative_to(self.run.raw).as_posix(): data["provenance"]["closed"]
+                for path, data in self.run.records()
+                if "closed" in data["provenance"]
+            },
             "properties": device["properties"],
             "ceilings": device["ceilings"],
             "subjects": dict(sorted(subjects.items())),
