@@ -10,7 +10,10 @@ EVIDENCE = [
     "results/verdicts.csv",
     config["problems"],
     config["constraints"],
-    *(str(Path(config["constraints"]).with_name(f"{name}.csv")) for name in ("predictions", "pilot")),
+    *(
+        str(Path(config["constraints"]).with_name(f"{name}.csv"))
+        for name in ("predictions", "pilot")
+    ),
     "profiling/attn_profiling/predict.py",
     "paper/evidence.py",
 ]
