@@ -492,7 +492,7 @@ def test_the_hash_of_what_serves_follows_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic.stage, "PACKAGE", folder)
 
     def hashes():
-        sources.source_hash.cache_clear()
+        synthetic.stage.source_hash.cache_clear()
         return sources.source_hash("decode"), sources.source_hash("transformers")
 
     try:
@@ -507,7 +507,7 @@ def test_the_hash_of_what_serves_follows_its_files(tmp_path, monkeypatch):
             handle.write("X = 1\n")
         assert hashes()[0] != decode
     finally:
-        sources.source_hash.cache_clear()
+        synthetic.stage.source_hash.cache_clear()
 
 
 # -- promoting and verifying

@@ -49,7 +49,7 @@ def package(tmp_path, monkeypatch):
 
 def forget():
     stage.subjects.cache_clear()
-    stage.kernel_hash.cache_clear()
+    stage.source_hash.cache_clear()
 
 
 def hash_after(path: Path, text: str, subject: str = "stage1") -> str:

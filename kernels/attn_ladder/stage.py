@@ -200,14 +200,14 @@ def _text(node: object) -> str:
 
 
 @cache
-def kernel_hash(name: str) -> str:
-    """Sixteen hex digits that change when what a subject runs changes.
+def source_hash(path: Path) -> str:
+    """Sixteen hex digits that change when what a file of this package runs changes.
 
-    Hashed is the syntax tree, without docstrings and comments, of the subject's file and of every
-    file of this package that it imports, directly or not. Its configurations are part of that file.
+    Hashed is the syntax tree, without docstrings and comments, of the file and of every file of
+    this package that it imports, directly or not.
     """
-    seen = {Path(__file__), PACKAGE / "problem.py"}  # they describe; nothing of them runs
-    pending, digest = [subject(name).path], hashlib.sha256()
+    seen = {PACKAGE / "stage.py", PACKAGE / "problem.py"}  # they describe; nothing of them runs
+    pending, digest = [path], hashlib.sha256()
     while pending:
         path = pending.pop(0)
         if path in seen:
@@ -217,3 +217,8 @@ def kernel_hash(name: str) -> str:
         pending += _imported_files(tree)
         digest.update(_text(_stripped(tree)).encode())
     return digest.hexdigest()[:16]
+
+
+def kernel_hash(name: str) -> str:
+    """`source_hash` of a subject's file; its configurations are part of that file."""
+    return source_hash(subject(name).path)
