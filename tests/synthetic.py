@@ -212,6 +212,7 @@ class Maker:
                         "reference_error": 0.0021 if runs else None,
                         "bound": 0.0043 if runs else None,
                         "lse_error": None,
+                        "identical_runs": 1000 if runs and "variant" in problem.suites else None,
                     }
                 )
         self.write(
@@ -311,8 +312,11 @@ class Maker:
         )
 
     def ncu(self, suite: str) -> None:
+        """Reports of the problems of a suite that `profile` does not hold."""
         reports = []
         for problem in select(self.problems, suite):
+            if suite != "profile" and "profile" in problem.suites:
+                continue
             kernels = [k for name in names(problem, suite) for k in kernels_of(problem, name)]
             file = f"ncu/{suite}/{problem.id}.ncu-rep"
             path = self.folder / file
@@ -420,14 +424,14 @@ class Maker:
 
     def all(self, noisy: Sequence[str] = ("grid-d64-causal-s16384",)) -> Path:
         self.device()
-        for suite in ("grid", "grid_fp16", "gate", "smoke", "control"):
+        for suite in ("grid", "grid_fp16", "gate", "variant", "smoke", "control"):
             self.check(suite)
         for suite in ("grid", "grid_fp16", "gate", "variant", "control"):
             self.timing(suite, "spaced", noisy)
         self.timing("grid", "sustained")
         for suite in ("gate", "control"):
             self.host(suite)
-        for suite in ("profile", "control"):
+        for suite in ("profile", "control", "grid", "gate"):
             self.ncu(suite)
         self.decode()
         self.model()

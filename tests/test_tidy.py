@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import synthetic
 
+from attn_ladder.problem import read_problems
 from attn_profiling import metrics, ncu_rep, record, tidy
 
 NOISY = "grid-d64-causal-s16384"
@@ -140,6 +141,26 @@ def test_host_costs_and_derived_shares(metric_rows):
     for metric in ("per_sequence_eager", "per_sequence_gpu"):
         found = pick(metric_rows, subject="fa3", metric=metric, statistic="median")
         assert len(found) == 6 and all(float(r["value"]) > 1 for r in found)
+    gain = pick(metric_rows, subject="stage3", metric="eager_gain", statistic="median")
+    assert len(gain) == 7 and not pick(metric_rows, subject="stage1", metric="eager_gain")
+
+
+def test_fp16_is_compared_with_the_same_problem_in_bf16(metric_rows):
+    """The synthetic times do not depend on the dtype."""
+    found = pick(metric_rows, suite="grid_fp16", subject="stage5", metric="over_bf16")
+    assert len(found) == 23  # one problem of the grid is inconclusive
+    assert all(float(r["value"]) == pytest.approx(1, abs=0.01) for r in found)
+    assert not pick(metric_rows, suite="grid", metric="over_bf16")
+
+
+def test_counters_count_for_every_profiled_suite_that_holds_the_problem(metric_rows):
+    def held(suite):
+        rows = pick(metric_rows, suite=suite, subject="fa3", metric="tensor_pipe")
+        return {r["problem"] for r in rows}
+
+    grid = {p.id for p in read_problems(synthetic.PROBLEMS).values() if "grid" in p.suites}
+    assert held("grid") == grid and len(held("gate")) == 7
+    assert held("profile") & grid and not held("variant")
 
 
 def test_every_kernel_of_a_profiled_call_counts(metric_rows):

@@ -155,15 +155,17 @@ WITHOUT_DOSE = {"control_sync.0": 0.3, "control_memory.0": 0.1, "control_launch.
 
 
 def tables(control=None, inactive=1.75, hash_is=None, without_dose=WITHOUT_DOSE):
-    """Rows of metrics.csv with FA3's inactive threads on the profiled problems (causal and full, if
-    two are given), a control, and the kernels without a dose of the others."""
+    """Rows of metrics.csv with FA3's inactive threads on the grid (causal and full, if two are
+    given) and the gate problems, a control, and the kernels without a dose of the others."""
     causal, full = np.broadcast_to(inactive, 2)
     base = {"run": "r", "device": "d", "dtype": "bf16", "regime": "-", "unit": "%"}
     rows = [
-        {**base, "suite": "profile", "problem": problem, "subject": "fa3",
+        {**base, "suite": suite, "problem": problem, "subject": "fa3",
          "metric": "inactive_threads", "statistic": "value", "value": str(value + 0.01 * n)}
-        for part, value in (("causal", causal), ("full", full))
-        for n, problem in enumerate(EVERY[f"profile/{part}"][tidy.MINIMUM])
+        for suite, part, value in (
+            ("grid", "causal", causal), ("grid", "full", full), ("gate", "causal", causal)
+        )
+        for n, problem in enumerate(EVERY[f"{suite}/{part}"][tidy.MINIMUM])
     ]  # fmt: skip
     dosed = {f"control_branching.{dose}": value for dose, value in (control or {}).items()}
     for subject, value in {**dosed, **without_dose}.items():
@@ -183,7 +185,7 @@ EVERY = tidy.every_problem(read_problems(synthetic.PROBLEMS))
 RISING = {0: 0.2, 1: 5.0, 2: 9.0, 4: 14.0, 8: 22.0}
 
 
-def branching(claims, rows, provenance, suite="profile/causal"):
+def branching(claims, rows, provenance, suite="grid/causal"):
     judged = verdict.judge(claims, rows, [], provenance)
     return next(
         r for r in judged
@@ -232,6 +234,39 @@ def test_noise_does_not_pass_for_a_dose_response(slope, least, most):
     assert bare >= passed
 
 
+@pytest.mark.parametrize(
+    ("control", "said"), [({1: 0.0, 4: 5.0, 8: 9.0, 16: 20.0}, SUPPORTED), ({}, INCONCLUSIVE)]
+)
+def test_what_removing_a_constraint_gains_needs_the_control_unless_two_times_are_compared(
+    control, said
+):
+    """`launch-gain` is witnessed by latencies in one loop, whose A/A pair says nothing of what
+    they are made of; `gate-5` by a ratio of GPU times."""
+    at = {"suite": "gate", "regime": "-", "problem": "gate-b32"}
+    gain = {"median": 2.0, "ci_low": 1.9, "ci_high": 2.1, "n_processes": 3, "n": 90}
+    rows = [{**at, "subject": "stage3", "metric": "eager_gain", "statistic": k, "value": str(v)}
+            for k, v in gain.items()]  # fmt: skip
+    pair = {**at, "subject": "fa3", "metric": "aa_eager_latency_us", "statistic": "value"}
+    rows += [{**pair, "value": "1"}]
+    dosed = {f"control_launch.{dose}": value for dose, value in control.items()}
+    for subject, value in {**dosed, "control_sync.0": 0.3, "control_memory.0": 0.1}.items():
+        rows.append({"suite": "control", "regime": "-", "problem": "c", "subject": subject,
+                     "metric": "launch_share", "statistic": "value", "value": str(value)})  # fmt: skip
+    assert by_hypothesis("launch-gain", "gate", rows) == said
+
+
+@pytest.mark.parametrize(("above", "said"), [(4, SUPPORTED), (5, REFUTED)])
+def test_some_problems_may_be_off(above, said):
+    """Energy: no more than FA3's on 20 of 24."""
+    problems = EVERY["grid"][tidy.MINIMUM]
+    rows = [{"suite": "grid", "regime": "sustained", "subject": "stage5", "problem": problem,
+             "metric": "energy_over_fa3", "statistic": "value",
+             "value": str(1.05 if n < above else 0.95)}
+            for n, problem in enumerate(problems)]  # fmt: skip
+    assert by_hypothesis("energy", "grid", rows) == said
+    assert by_hypothesis("energy", "grid", rows[1:]) == INCONCLUSIVE
+
+
 def test_a_constraint_without_a_control_is_inconclusive():
     claims, rows, provenance = tables(RISING)
     none = {name: {**c, "control": None} for name, c in claims.constraints.items()}
@@ -253,14 +288,14 @@ def test_other_claims_than_the_record_had_are_post_hoc():
 
 def test_suites_that_differ_make_it_partly():
     row = branching(*tables(RISING, (7.0, 1.75)), "(all)")
-    assert row["verdict"] == "PARTLY: SUPPORTED in profile/causal, REFUTED in profile/full"
-    assert 1.75 < row["effect"] < 7.1  # of the whole suite
+    parts = "SUPPORTED in grid/causal, REFUTED in grid/full, SUPPORTED in gate"
+    assert row["verdict"] == f"PARTLY: {parts}"
 
 
 def test_parts_of_a_suite_are_its_causal_and_its_full_problems(tmp_path, claims):
-    causal, full = (set(EVERY[f"profile/{part}"][tidy.MINIMUM]) for part in ("causal", "full"))
+    causal, full = (set(EVERY[f"grid/{part}"][tidy.MINIMUM]) for part in ("causal", "full"))
     assert min(len(causal), len(full)) >= verdict.LEAST
-    assert causal | full == set(EVERY["profile"][tidy.MINIMUM]) and not causal & full
+    assert causal | full == set(EVERY["grid"][tidy.MINIMUM]) and not causal & full
     launch = next(h for h in claims["hypotheses"] if h["id"] == "launch-share")
     launch["suites"] = ["gate/causal"]
     with pytest.raises(verdict.ConstraintsError, match="launch-share.*name whole suites"):
@@ -348,9 +383,10 @@ def measurement(constraint, truth, rng):
     metric = {"branching": "inactive_threads", "sync": "samples_cta_barrier",
               "memory": "stall_memory"}[constraint]  # fmt: skip
     return [
-        {**fa3, "suite": "profile", "problem": problem, "metric": metric, "statistic": "value",
+        {**fa3, "suite": suite, "problem": problem, "metric": metric, "statistic": "value",
          "value": str(truth * math.exp(0.3 * rng.standard_normal()))}
-        for problem in EVERY["profile"][tidy.MINIMUM]
+        for suite in ("grid", "gate")
+        for problem in EVERY[suite][tidy.MINIMUM]
     ]  # fmt: skip
 
 
@@ -418,8 +454,8 @@ def by_hypothesis(name, suite, metrics=(), speedups=(), **known):
     claims, _, provenance = tables()
     provenance |= known
     (hypothesis,) = (h for h in claims.hypotheses if h.id == name)
-    only = replace(claims, constraints={}, hypotheses=(replace(hypothesis, suites=(suite,)),))
-    (row,) = verdict.judge(only, metrics, speedups, provenance)
+    only = replace(claims, hypotheses=(replace(hypothesis, suites=(suite,)),))
+    row, *_ = verdict.judge(only, metrics, speedups, provenance)
     return row["verdict"]
 
 

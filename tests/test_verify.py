@@ -90,18 +90,19 @@ def test_the_interval_decides(low, high, verdict):
 
 
 CLAIMS = verdict.read_constraints(synthetic.CONSTRAINTS)
-NCU, HOST = ("ncu", "profile"), ("host", "gate")
+NCU, HOST = ("ncu", "grid"), ("host", "gate")
 
 
 def rows(said, effect, name="sync-held"):
-    """Rows of verdicts.csv in which one hypothesis is decided and nothing else was measured."""
+    """Rows of verdicts.csv in which one hypothesis is decided, in its first suite, and nothing else
+    was measured."""
     return [
         {
-            "effect": effect if h.id == name else "",
-            "verdict": said if h.id == name else "INCONCLUSIVE",
+            "effect": effect if (h.id, n) == (name, 0) else "",
+            "verdict": said if (h.id, n) == (name, 0) else "INCONCLUSIVE",
         }
         for h in CLAIMS.hypotheses
-        for _ in h.suites
+        for n, _ in enumerate(h.suites)
     ] + [{"effect": "", "verdict": "INCONCLUSIVE"}] * len(CLAIMS.constraints)
 
 
@@ -123,7 +124,7 @@ def rows(said, effect, name="sync-held"):
 def test_what_the_counters_say_is_compared(then, now, measured, said):
     claims = verify.compare_verdicts(CLAIMS, rows(*now), rows(*then), measured)
     assert [c.verdict for c in claims] == said
-    assert all(c.claim == "sync-held, profile" for c in claims)
+    assert all(c.claim == "sync-held, grid" for c in claims)
 
 
 def test_ratios_of_times_are_compared_as_ratios_only():
@@ -135,9 +136,9 @@ def test_a_witness_that_turned_is_found_in_the_raw_files(recorded, tmp_path):
     """Batch 1 takes six times as long in one run as in the other."""
     run = slowed(make(tmp_path, 2), "stage3", 6, lambda name: name == "gate-b1")
     claims = {c.claim: c.verdict for c in verify.verify(run, recorded)}
-    assert claims["launch-gain-gpu, gate"] == "FAIL"
+    assert claims["gate-3-sequence-gpu, gate"] == "FAIL"
     same = {c.claim: c.verdict for c in verify.verify(recorded, recorded)}
-    assert same["launch-gain-gpu, gate"] == "PASS"
+    assert same["gate-3-sequence-gpu, gate"] == "PASS"
 
 
 def test_what_no_longer_passes_the_gate_fails(recorded, tmp_path):

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ HOST_PAIRS = {
     "launch_share": ("eager_latency_us", "graph_gpu_us"),
     "launch_share_graph": ("graph_latency_us", "graph_gpu_us"),
     "per_sequence_eager": ("eager_latency_us",),
+    "eager_gain": ("eager_latency_us",),
     "host_over_fa3": ("eager_host_us",),
 }
 """The kinds of host time that a metric is made of: their A/A pairs have to agree."""
@@ -137,6 +139,12 @@ def zero_doses() -> dict[str, str]:
             file = name.rpartition(".")[0]
             smallest[file] = min(smallest.get(file, found), found, key=lambda s: s.dose or 0)
     return {file: found.name for file, found in smallest.items()}
+
+
+def stage_before(subject: str) -> str:
+    """The stage whose next one a subject is; empty for the first, and for what is no stage."""
+    stages = [s for s, found in stage.subjects().items() if found.kind == "stage"]
+    return dict(pairwise(stages[::-1])).get(subject, "")
 
 
 def every_problem(problems: Mapping[str, Problem]) -> dict[str, dict[str, list[str]]]:
@@ -524,7 +532,6 @@ class Tidier:
         known = stage.subjects()
         names = [s for s in samples if "#" not in s]
         peers = [s for s in names if known[s].kind == "peer"]
-        stages = [s for s in known if known[s].kind == "stage"]
         undosed = zero_doses()
         ratios: dict[tuple[str, str], stats.Replicates] = {}
 
@@ -548,8 +555,8 @@ class Tidier:
                 add(name, peer)
             if best and subject.kind == "stage":
                 add(name, best, BEST)
-            if subject.kind == "stage" and stages.index(name):
-                add(name, stages[stages.index(name) - 1])
+            if stage_before(name):
+                add(name, stage_before(name))
             if subject.of:
                 add(name, subject.of)
         for name in samples:
@@ -581,6 +588,13 @@ class Tidier:
                         found = sampled.interval()
                         self.interval(suite, problem, subject, NO_REGIME, name, "us", found)
                     self._launch_share(suite, problem, subject, drawn)
+                    before = entry["samples"].get(stage_before(subject))
+                    if before and not self.is_stale(path, data, stage_before(subject)):
+                        base = stats.replicates(before["eager_latency_us"])
+                        gain = base.map(lambda us, own: us / own, drawn["eager_latency_us"])
+                        self.interval(
+                            suite, problem, subject, NO_REGIME, "eager_gain", "1", gain.interval()
+                        )
                     if agree(pairs, "per_sequence_eager"):
                         by_batch = latencies.setdefault(subject, {})
                         by_batch[problem.batch] = (problem, drawn["eager_latency_us"])
@@ -660,6 +674,22 @@ class Tidier:
                     value=value / base,
                 )  # fmt: skip
 
+    def over_bf16(self) -> None:
+        """GPU time in fp16 over that of the same problem in bf16, where both agreed with their A/A
+        pair."""
+        shape = lambda problem: replace(problem, id="any", suites=("any",), dtype="bf16")
+        in_bf16 = {
+            (shape(problem), subject, regime): gpu
+            for (suite, _, subject, regime), (problem, gpu) in self.gpu_us.items()
+            if suite == "grid"
+        }
+        for (suite, _, subject, regime), (problem, gpu) in self.gpu_us.items():
+            base = in_bf16.get((shape(problem), subject, regime))
+            if base is not None and problem.dtype == "fp16" and "#" not in subject:
+                self.metric(
+                    suite, problem, subject, regime, "over_bf16", "1", value=gpu.value / base.value
+                )
+
     def per_sequence_gpu(self) -> None:
         """GPU time per sequence at batch 1 over larger batches, where a suite varies the batch."""
         groups: dict[tuple[str, str, str], dict[int, tuple[Problem, stats.Replicates]]] = {}
@@ -685,7 +715,10 @@ class Tidier:
                 self.interval(suite, problem, subject, regime, name, "1", gain.interval())
 
     def profiles(self) -> None:
+        """Counters count for every suite that holds a problem and was profiled, though a problem
+        is profiled once."""
         counters = metrics.ncu_metrics()
+        profiled = {data["suite"] for _, data in self.run.profiles}
         for path, data in self.run.profiles:
             version = data["content"]["ncu"]
             opened: dict[str, list[metrics.Kernel]] = {}  # problems can share a report
@@ -710,9 +743,10 @@ class Tidier:
                     call = metrics.combine(found, problem, where)
                     for metric, value in metrics.derive_all(call).items():
                         unit = metrics.BY_ID[metric].unit
-                        self.metric(
-                            data["suite"], problem, subject, NO_REGIME, metric, unit, value=value
-                        )
+                        for suite in sorted(profiled & {data["suite"], *problem.suites}):
+                            self.metric(
+                                suite, problem, subject, NO_REGIME, metric, unit, value=value
+                            )
                     if report["sections"] == "full" and not call.waits:
                         self.notes.append(f"{where}: no counters for single instructions in it")
                     if not any(call.counters.get(c) for c in metrics.TENSOR_OPS):
@@ -779,6 +813,7 @@ class Tidier:
         self.timings()
         self.per_sequence_gpu()
         self.energy_over_fa3()
+        self.over_bf16()
         self.hosts()
         self.profiles()
         tidy_serving.decodes(self)

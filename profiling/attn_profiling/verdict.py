@@ -118,7 +118,16 @@ class Hypothesis:
         if witness["kind"] == "measured":
             return f"{witness['metric']}, {witness['problem']}"
         reduce = witness.get("problem") or witness.get("reduce", "median")
-        return str(witness["metric"]) + ("" if reduce == "median" else f" ({reduce})")
+        but = f" but {witness['all_but']}" if "all_but" in witness else ""
+        return str(witness["metric"]) + ("" if reduce == "median" else f" ({reduce}{but})")
+
+    @property
+    def controlled(self) -> bool:
+        """Whether its constraint's control must have passed: what a counter or a share witnesses
+        may not be the constraint. A ratio of two kernels' times has an A/A pair for a control."""
+        return self.role in ("primary", "witness", "ablation") and (
+            self.witness["kind"] != "speedup"
+        )
 
 
 @dataclass(frozen=True)
@@ -317,7 +326,8 @@ class Evidence:
         reduce = witness.get("reduce", "median")
         if reduce == "median":
             return stats.over_values(found)
-        chosen = min(found) if reduce == "min" else max(found)
+        ranked = sorted(found, reverse=reduce == "max")
+        chosen = ranked[min(witness.get("all_but", 0), len(ranked) - 1)]
         return Interval(chosen, chosen, chosen, float("inf"), len(found), len(found))
 
     def control(self, control: Mapping[str, str] | None) -> str:
@@ -408,9 +418,12 @@ def judge(
     rows: list[dict[str, Any]] = []
     by_constraint: dict[str, dict[str, str]] = {}
     for hypothesis in constraints.hypotheses:
-        is_witness = hypothesis.role in ("primary", "witness")
         is_ratio = hypothesis.witness["kind"] == "speedup"
-        control = controls[hypothesis.constraint] if is_witness else AA if is_ratio else "-"
+        control = "-"
+        if hypothesis.controlled:
+            control = controls[hypothesis.constraint]
+        elif is_ratio:
+            control = AA
         for suite in hypothesis.suites:
             interval = found[(hypothesis.id, suite)]
             floor = evidence.noise_floor(suite, hypothesis.regime) if is_ratio else 0.0
@@ -419,7 +432,7 @@ def judge(
             name = f"{hypothesis.id} {suite}"
             if name in adjusted and adjusted[name] >= 1 - stats.LEVEL:
                 verdict = INCONCLUSIVE
-            if is_witness and control != "passed":
+            if hypothesis.controlled and control != "passed":
                 verdict = INCONCLUSIVE
             post_hoc = "" if fixed and (predicted or not hypothesis.predicts) else POST_HOC
             if hypothesis.role == "primary":

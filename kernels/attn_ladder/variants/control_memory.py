@@ -7,7 +7,7 @@ import torch
 from attn_ladder.stage import Control
 from attn_ladder.variants._dosed import forward_dosed, unsupported_dosed
 
-CONTROL = Control(title="Planted dependent loads", constraint="memory", doses=(0, 1, 2, 4))
+CONTROL = Control(title="Planted dependent loads", constraint="memory", doses=(0, 4, 8, 16))
 unsupported = unsupported_dosed
 
 
