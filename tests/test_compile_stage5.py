@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from attn_ladder.stage5_everything import choose_config
 configs = {
     choose_config(headdim, causal, seqlen, ragged)
-    for headdim in (64, 128) for causal in (False, True) for ragged in (False, True)
+    for headdim in (64, 128, 256) for causal in (False, True) for ragged in (False, True)
     for seqlen in (128, 512, 1024, 2048, 4096, 8192, 1 << 20)
 }
 configs = {replace(config, l2_bytes=0) for config in configs}  # the kernel does not know it
@@ -61,6 +61,7 @@ def compiled():
     )
 
 
+SPILL_LIMIT = {256: 256}  # bytes; there some values of a tile are kept in memory, outside the loops
 FOREIGN = ("FSEL", "FMNMX", "SHFL", "LDL", "STL", "LDS", "STS")  # masks, maxima, local memory
 TURN_ENDS, TURN_BEGINS = r"BAR\.ARV 0x[89a], 0x100", r"BAR\.SYNC\S* 0x[89a], 0x100"
 
@@ -85,7 +86,7 @@ def faults(report, config):
     threads = 128 * config["consumers"] + 128  # the producer's warp makes a warpgroup
     if report.registers * threads > 65536:
         found.append(f"{report.registers} registers")
-    if report.spill_bytes:
+    if report.spill_bytes > SPILL_LIMIT.get(config["headdim"], 0):
         found.append(f"{report.spill_bytes} bytes spilled")
     if report.shared > offline.SHARED_LIMIT:
         found.append(f"{report.shared} bytes of shared memory")
@@ -117,7 +118,7 @@ def test_no_two_cases_share_a_name():
 
 @pytest.fixture(params=["own", "others"])
 def good(compiled, request):
-    case = next(c for c in CASES if c[1]["overlap"] == request.param)
+    case = next(c for c in CASES if c[1]["overlap"] == request.param and c[1]["headdim"] < 256)
     return compiled[name(case)], case[1]
 
 
@@ -147,6 +148,22 @@ def test_too_many_registers_and_too_much_shared_memory_are_seen(good):
     report, config = good
     assert faults(change(report, registers=200), config) == ["200 registers"]
     assert faults(change(report, shared=232449), config) == ["232449 bytes of shared memory"]
+
+
+def test_a_spill_in_the_hot_loop_is_seen_where_others_are_let_pass(compiled):
+    case = next(c for c in CASES if c[1]["headdim"] == 256)
+    report, config = compiled[name(case)], case[1]
+    assert faults(change(report, spill_bytes=257), config) == ["257 bytes spilled"]
+    sass = move(report.sass, "ARRIVES.LDGSTSBAR", ["LDL R1, [R1]"])
+    assert "LDL in the hot loop" in faults(change(report, sass=sass), config)
+
+
+def test_o_at_headdim_256_is_written_in_whole_sectors_without_shared_memory(compiled):
+    for case in CASES:
+        opcodes = Counter(opcode for opcode, _ in offline.instructions(compiled[name(case)].sass))
+        wide = 4 * 32 if case[1]["headdim"] == 256 else 0  # two consumers, each with its redo
+        assert opcodes["STG.E.64"] == wide, name(case)
+        assert opcodes["STG.E.U16"] == 0, name(case)
 
 
 def test_serialized_products_are_seen(good):
@@ -193,7 +210,7 @@ def test_a_configuration_that_does_not_exist_is_an_error():
 def test_the_model_counts_the_instructions_of_a_step(compiled):
     for case in CASES:
         config = case[1]
-        if config["ragged"]:
+        if config["ragged"] or config["headdim"] == 256:  # which the model does not cover
             continue
         seqlen, headdim = 4096, config["headdim"]
         problem = Problem("x", ("s",), "bf16", 1, seqlen, seqlen, 1, 1, headdim, config["causal"])

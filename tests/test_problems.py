@@ -17,17 +17,20 @@ def problems() -> dict[str, Problem]:
     return read_problems(TABLE)
 
 
-@pytest.mark.parametrize(("suite", "dtype"), [("grid", "bf16"), ("grid_fp16", "fp16")])
-def test_the_grid_of_the_fa3_paper(problems, suite, dtype):
+GRIDS = [("grid", "bf16", (64, 128)), ("grid_fp16", "fp16", (64, 128)), ("grid256", "bf16", (256,))]
+
+
+@pytest.mark.parametrize(("suite", "dtype", "headdims"), GRIDS)
+def test_the_grid_of_the_fa3_paper(problems, suite, dtype, headdims):
     found = {(p.headdim, p.causal, p.seqlen_q) for p in select(problems, suite)}
     lengths = (512, 1024, 2048, 4096, 8192, 16384)
-    assert found == {(d, c, s) for d in (64, 128) for c in (False, True) for s in lengths}
+    assert found == {(d, c, s) for d in headdims for c in (False, True) for s in lengths}
     for p in select(problems, suite):
         assert p.dtype == dtype
         assert p.batch * p.seqlen_q == 16384
         assert p.nheads * p.headdim == 2048
         assert (p.seqlen_k, p.nheads_k, p.page_size) == (p.seqlen_q, p.nheads, 0)
-    assert len(select(problems, suite)) == 24
+    assert len(select(problems, suite)) == 12 * len(headdims)
 
 
 def test_the_gate_problem_at_every_batch(problems):

@@ -41,6 +41,8 @@ def cta(monkeypatch):
 
 
 SHAPES = {
+    "headdim 256": dict(seqlen_q=2048, batch=2, nheads=8, nheads_k=4, headdim=256),
+    "headdim 256, full": dict(seqlen_q=900, nheads=8, headdim=256, causal=False),
     "pairs": dict(seqlen_q=512, batch=16, nheads=16, nheads_k=16, headdim=128),
     "an odd number of tiles": dict(seqlen_q=640, batch=3, nheads=12, nheads_k=3, headdim=128),
     "counter": dict(seqlen_q=4096, batch=2, nheads=8, nheads_k=2, headdim=128),
@@ -110,6 +112,34 @@ def test_key_blocks_cover_the_mask_and_only_the_peeled_ones_need_it(seqlens, cau
         assert torch.equal(rows.any(1), rows[:, first].any(1))
 
 
+@pytest.mark.parametrize("seqlens", [(512, 512), (512, 1024), *KEYS])
+def test_each_consumer_masks_only_its_first_and_a_ragged_lowest_block(seqlens):
+    """Causal tiles of 128 rows with blocks of 64 keys: a consumer skips what it does not see."""
+    seqlen_q, seqlen_k = seqlens
+    cfg, shape, _ = plan(seqlen_q=seqlen_q, seqlen_k=seqlen_k, headdim=256)
+    mask = visible(seqlen_q, seqlen_k, True, "cpu")
+    for m, consumer in itertools.product(range(shape.num_m), range(cfg.consumers)):
+        n, lowest = stage5.key_blocks.fn(m, shape, cfg)
+        first_row = m * cfg.BLOCK_M + 64 * consumer
+        seen = stage5.seen_blocks.fn(first_row, n, lowest, shape, cfg)
+        assert 1 <= seen <= n
+        rows = mask[first_row : first_row + 64]
+        starts = [lowest + j * cfg.BLOCK_N for j in range(seen)]
+        inside = [slice(max(s, 0), max(s + cfg.BLOCK_N, 0)) for s in starts]
+        assert not rows[:, inside[-1].stop :].any()
+        assert torch.equal(rows.any(1), rows[:, inside[-1]].any(1))  # gives the reference
+        for start, keys in list(zip(starts, inside, strict=True))[cfg.ragged : -1]:
+            assert start >= 0 and rows[:, keys].all()
+        if cfg.fixed_diagonal:
+            assert torch.equal(rows[:, inside[-1]], torch.ones(64, 64, dtype=torch.bool).tril())
+
+
+def test_the_first_consumer_would_see_a_hidden_block():
+    cfg, shape, _ = plan(seqlen_q=512, headdim=256)
+    n, lowest = stage5.key_blocks.fn(1, shape, cfg)
+    assert [stage5.seen_blocks.fn(r, n, lowest, shape, cfg) for r in (128, 192)] == [n - 1, n]
+
+
 def test_an_aligned_kernel_would_not_do_for_a_ragged_problem():
     cfg, shape, _ = plan(seqlen_q=300, seqlen_k=413)
     assert cfg.ragged
@@ -123,6 +153,9 @@ def test_too_many_tiles_for_the_list_and_odd_pairs_change_the_order():
     assert plan(seqlen_q=4096, batch=4096, nheads=32, nheads_k=32)[0].schedule == "static"
     assert plan(seqlen_q=256, headdim=128)[0].schedule == "pairs"
     assert plan(seqlen_q=384, headdim=128)[0].schedule == "dynamic"
+    wide = dict(seqlen_q=128, headdim=256, nheads=1, nheads_k=1)  # a shorter list
+    assert plan(batch=255 * NUM_SMS, **wide)[0].schedule == "dynamic"
+    assert plan(batch=255 * NUM_SMS + 1, **wide)[0].schedule == "static"
 
 
 def test_groups_of_heads_fit_the_l2_and_are_of_equal_size():
@@ -142,6 +175,8 @@ WRONG = {
     "half_diagonal": dict(half_diagonal=True, causal=False),
     "cross_tile": dict(cross_tile=True),
     "ragged": dict(ragged=True, consumers=3),
+    "more_k_buffers": dict(more_k_buffers=-1),
+    "direct_store": dict(headdim=256, BLOCK_N=64, direct_store=False),
 }
 
 

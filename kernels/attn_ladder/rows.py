@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_ladder.warpgroup import exp2, opaque, row_layout, unary
+from attn_ladder.warpgroup import exp2, opaque, row_layout, store_layout, unary
 
 LN_2 = gl.constexpr(math.log(2))
 
@@ -35,8 +35,8 @@ def hide(s, row, column, shape, cfg: gl.constexpr):
 
 @gluon.jit
 def hide_diagonal(s, WG: gl.constexpr):
-    """`hide` for 64 rows of a 128 x 128 block on the diagonal: the same in every tile. The rows are
-    opaque, or ptxas would keep a predicate for every score across the tiles."""
+    """`hide` for 64 rows of a block of 64 or 128 keys on the diagonal: the same in every tile. The
+    rows are opaque, or ptxas would keep a predicate for every score across the tiles."""
     layout: gl.constexpr = s.type.layout
     offs_n = gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))
     offs_m = opaque(gl.arange(0, 64, gl.SliceLayout(1, layout))) & 63
@@ -46,13 +46,13 @@ def hide_diagonal(s, WG: gl.constexpr):
 
 
 @gluon.jit
-def store_tile(
-    acc, l_i, m_i, m, head, WG: gl.constexpr, o_desc, o_smem, lse_ptr, shape, cfg: gl.constexpr
-):
+def store_tile(acc, l_i, m_i, m, head, WG: gl.constexpr, out, shape, cfg: gl.constexpr):
     """Write 64 rows: acc [64, headdim]; l_i, m_i [64] (scaled to base 2) in the layout of its rows.
 
-    A row that saw no key (l_i = 0, m_i = -inf) gives 0 and -inf.
+    `out` is where to: (o_ptr, lse_ptr) from registers, or (o_desc, smem, lse_ptr) through a buffer
+    for each consumer. A row that saw no key (l_i = 0, m_i = -inf) gives 0 and -inf.
     """
+    lse_ptr = out[1] if cfg.direct_store else out[2]
     row = m * cfg.BLOCK_M + WG * 64
     b = head // shape.nheads
     offs_m = row + gl.arange(0, 64, l_i.type.layout)
@@ -60,10 +60,21 @@ def store_tile(
     lse_row_ptr = lse_ptr + head.to(gl.int64) * shape.seqlen_q
     gl.store(lse_row_ptr + offs_m, lse, mask=offs_m < shape.seqlen_q)
     acc = acc * gl.where(l_i == 0.0, 0.0, 1.0 / l_i)[:, None]
-    tma.store_wait(0)
-    o_smem.reshape([64, cfg.headdim]).store(acc.to(o_smem.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(o_desc, [b, row, head - b * shape.nheads, 0], o_smem)
+    h = head - b * shape.nheads
+    if cfg.direct_store:
+        o = gl.convert_layout(acc.to(out[0].dtype.element_ty), store_layout(cfg.headdim))
+        rows = gl.arange(0, 64, gl.SliceLayout(1, o.type.layout))
+        columns = gl.arange(0, cfg.headdim, gl.SliceLayout(0, o.type.layout))
+        first = ((b.to(gl.int64) * shape.seqlen_q + row) * shape.nheads + h) * cfg.headdim
+        o_ptr = gl.multiple_of(out[0] + first, 16)
+        offsets = rows[:, None] * (shape.nheads * cfg.headdim) + columns[None, :]
+        gl.store(o_ptr + offsets, o, mask=(row + rows < shape.seqlen_q)[:, None])
+    else:
+        o_smem = out[1].index(WG)
+        tma.store_wait(0)
+        o_smem.reshape([64, cfg.headdim]).store(acc.to(o_smem.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out[0], [b, row, h, 0], o_smem)
 
 
 @gluon.jit
@@ -83,7 +94,7 @@ def await_stores():
 
 @gluon.jit
 def redo_tile(
-    m, head, loads, redo_descs, o_desc, q_smem, o_smem, ready_bar, lse_ptr, shape, qk_scale,
+    m, head, loads, redo_descs, q_smem, kv_smem, ready_bar, out, shape, qk_scale,
     WG: gl.constexpr, cfg: gl.constexpr,
 ):  # fmt: skip
     """Rare: 64 rows once more with the online softmax, 64 keys at a time through one buffer.
@@ -99,8 +110,9 @@ def redo_tile(
     b = head // shape.nheads
     h = head - b * shape.nheads
     q = q_smem.reshape([64, HEADDIM])
-    kv = o_smem.reshape([64, HEADDIM])
-    await_stores()
+    kv = kv_smem.reshape([64, HEADDIM])
+    if not cfg.direct_store:
+        await_stores()
     gl.thread_barrier()
     mbarrier.expect(ready_bar, q_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(q_desc, [b, row, h, 0], ready_bar, q_smem)
@@ -116,14 +128,14 @@ def redo_tile(
         coord = [b, j * 64, h // shape.group, 0]
         gl.thread_barrier()
         mbarrier.expect(ready_bar, k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, coord, ready_bar, o_smem)
+        tma.async_copy_global_to_shared(k_desc, coord, ready_bar, kv_smem)
         mbarrier.wait(ready_bar, loads & 1)
         zero = gl.zeros([64, 64], gl.float32, s_layout)
         s = warpgroup_mma(q, kv.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         gl.thread_barrier()
         mbarrier.expect(ready_bar, v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_desc, coord, ready_bar, o_smem)
+        tma.async_copy_global_to_shared(v_desc, coord, ready_bar, kv_smem)
         s = hide(s, row, j * 64, shape, cfg)
         m_new = gl.maximum(m_i, gl.max(s, 1))
         m_safe = gl.where(m_new == -float("inf"), 0.0, m_new)
@@ -134,11 +146,11 @@ def redo_tile(
         m_i = m_new
         mbarrier.wait(ready_bar, (loads + 1) & 1)
         loads += 2
-        p = gl.convert_layout(p.to(o_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
+        p = gl.convert_layout(p.to(kv_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
         acc = warpgroup_mma(p, kv, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
     gl.thread_barrier()
     m_i = gl.convert_layout(m_i, rows) * qk_scale
     l_i = gl.convert_layout(l_i, rows)
-    store_tile(acc, l_i, m_i, m, head, WG, o_desc, o_smem, lse_ptr, shape, cfg)
+    store_tile(acc, l_i, m_i, m, head, WG, out, shape, cfg)
     return loads

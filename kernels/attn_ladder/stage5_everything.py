@@ -17,6 +17,7 @@ constraint `branching`: a block of the hot loop is two products, one exp2 a scor
   headdim 64 the next tile's first product runs under the epilogue; tiles are handed out longest
   first by a counter, or in pairs of a long and a short one; heads are grouped so that their keys
   and values stay in L2.
+- *Headdim 256.* Q, K and V fill shared memory, so O goes from registers to global memory.
 
 Expected: `tensor pipe active` at headdim 128, full, 8k from stage 4's level to 97 %, no masked
 instruction outside the peeled blocks. What limits it: the tensor pipe (then power) at headdim 128,
@@ -42,13 +43,14 @@ from attn_ladder.launch import Kernel, Layout, tile_counter
 from attn_ladder.problem import Problem
 from attn_ladder.rows import hide, hide_diagonal, redo_tile, store_tile
 from attn_ladder.stage import Stage
-from attn_ladder.tiles import TILE_LIST, Shape, listed_tile, num_tiles, tile_of
+from attn_ladder.tiles import Shape, listed_tile, num_tiles, tile_of
 from attn_ladder.warpgroup import (
     barriers,
     either,
     exp2,
     fill,
     make_ring,
+    meet,
     pin,
     release,
     row_layout,
@@ -70,32 +72,38 @@ class Config:
     consumers: int = 2
     BLOCK_N: int = 128
     num_buffers: int = 2  # depth of the rings of K and V
+    more_k_buffers: int = 0  # the ring of K is deeper by so many
     num_q_buffers: int = 1
     q_in_registers: bool = True
     ping_pong: bool = True  # the consumers take turns to issue products
     overlap: str = "own"  # softmax runs under the consumer's own P·V, or only under "others"
     half_diagonal: bool = False  # the first consumer skips the hidden half of the diagonal block
     cross_tile: bool = False  # the next tile's first product runs under the epilogue
+    direct_store: bool = False  # O is written from registers, without a buffer
     mask_all: bool = False  # every block is masked, as if none were known to be visible
     producer_warps: int = 1
     schedule: str = "static"  # or "pairs" of a long and a short tile, or "dynamic"
     l2_bytes: int = 32 << 20  # keys and values of the heads that are processed together
 
     def __post_init__(self) -> None:
-        square = self.BLOCK_M == self.BLOCK_N
         for fits, name, needs in (
-            (self.headdim in (64, 128), "headdim", "to be 64 or 128"),
+            (self.headdim in (64, 128, 256), "headdim", "to be 64, 128 or 256"),
             (self.consumers in (2, 3), "consumers", "to be 2 or 3"),
             (self.BLOCK_N in (64, 128), "BLOCK_N", "to be 64 or 128"),
             (self.num_buffers >= 2, "num_buffers", "to be at least 2"),
+            (self.more_k_buffers >= 0, "more_k_buffers", "to be at least 0"),
             (self.num_q_buffers >= 1, "num_q_buffers", "to be at least 1"),
             (self.producer_warps in (1, 2, 4), "producer_warps", "to be 1, 2 or 4"),
             (self.schedule in ("static", "pairs", "dynamic"), "schedule", "a known order"),
             (self.overlap in ("own", "others"), "overlap", "to be own or others"),
             (self.ping_pong or self.overlap == "own", "overlap", "ping_pong to be others"),
-            (square or not (self.ragged and self.causal), "ragged", "128 x 128 tiles if causal"),
-            (self.fixed_diagonal or not self.half_diagonal,
+            (self.consumers == 2 or not (self.ragged and self.causal),
+             "ragged", "two consumers if causal"),
+            (self.fixed_diagonal and self.BLOCK_N == 128 or not self.half_diagonal,
              "half_diagonal", "128 x 128 tiles, causal and not ragged"),
+            (self.num_buffers * self.BLOCK_N >= self.BLOCK_M or not self.direct_store,
+             "direct_store", "64 keys in the ring of V for each consumer"),
+            (self.headdim < 256 or self.direct_store, "direct_store", "to be set at headdim 256"),
             (not (self.cross_tile and self.causal), "cross_tile", "causal=False"),
             (self.causal or self.schedule == "static", "schedule", "to be static if not causal"),
         ):  # fmt: skip
@@ -107,15 +115,28 @@ class Config:
         return 64 * self.consumers
 
     @property
+    def num_k_buffers(self) -> int:
+        return self.num_buffers + self.more_k_buffers
+
+    @property
     def fixed_diagonal(self) -> bool:
         """Whether the mask of the diagonal block is the same in every tile."""
-        return self.causal and not self.ragged and self.BLOCK_M == self.BLOCK_N
+        return self.causal and not self.ragged and self.consumers == 2
+
+    @property
+    def list_size(self) -> int:
+        """Entries of the list of tiles that a CTA got from the counter."""
+        return 1024 if self.headdim < 256 else 256
 
 
 def choose_config(headdim: int, causal: bool, seqlen_k: int, ragged: bool = False) -> Config:
     """The fastest configuration of those measured; CONTRIBUTING says what each choice is worth."""
     two = dict(num_buffers=3, num_q_buffers=2, overlap="others")
     three = dict(two, consumers=3, q_in_registers=False)
+    if headdim == 256:
+        order = "dynamic" if causal else "static"
+        memory = dict(BLOCK_N=64, more_k_buffers=1, q_in_registers=False, direct_store=True)
+        return Config(256, causal, ragged, schedule=order, **memory)
     if headdim == 128 and not causal:
         return Config(128, False, ragged, q_in_registers=not ragged)
     if headdim == 128 and (ragged or seqlen_k > 2048):
@@ -176,6 +197,17 @@ def key_blocks(m, shape, cfg: gl.constexpr):
 
 
 @gluon.jit
+def seen_blocks(row, n, lowest, shape, cfg: gl.constexpr):
+    """How many of the n key blocks of a causal tile the 64 rows from `row` on see, counted from the
+    lowest. Rows that see no key keep a block."""
+    keys = row + 64 + shape.seqlen_k - shape.seqlen_q - lowest
+    seen = min((keys + cfg.BLOCK_N - 1) // cfg.BLOCK_N, n)
+    if cfg.ragged:
+        seen = max(seen, 1)
+    return seen
+
+
+@gluon.jit
 def load_partition(given, cfg: gl.constexpr):
     """Q once a tile, K and V a block at a time, into the rings as slots come free."""
     descs, rings, tiles, counter_ptr, shape = given
@@ -184,6 +216,7 @@ def load_partition(given, cfg: gl.constexpr):
     tiles_smem, tile_ready_bar = tiles
     N: gl.constexpr = cfg.BLOCK_N
     DEPTH: gl.constexpr = cfg.num_buffers
+    K_DEPTH: gl.constexpr = cfg.num_k_buffers
     Q_DEPTH: gl.constexpr = cfg.num_q_buffers
     CONSUMERS: gl.constexpr = cfg.consumers
     it = 0
@@ -201,7 +234,7 @@ def load_partition(given, cfg: gl.constexpr):
         hk = h // shape.group
         n, lowest = key_blocks(m, shape, cfg)
         coord = [b, lowest + (n - 1) * N, hk, 0]
-        fill(k_desc, coord, k_ring, it % DEPTH, (it // DEPTH) & 1)
+        fill(k_desc, coord, k_ring, it % K_DEPTH, (it // K_DEPTH) & 1)
         for w in gl.static_range(CONSUMERS):
             slot = w * Q_DEPTH + ti % Q_DEPTH
             fill(q_desc, [b, m * cfg.BLOCK_M + w * 64, h, 0], q_ring, slot, (ti // Q_DEPTH) & 1)
@@ -209,7 +242,7 @@ def load_partition(given, cfg: gl.constexpr):
         ti += 1
         if cfg.schedule == "dynamic":
             tile += gl.num_programs(0) - 1
-            if ti == TILE_LIST - 1:
+            if ti == cfg.list_size - 1:
                 tile = end
             elif counted:
                 tile = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
@@ -217,7 +250,7 @@ def load_partition(given, cfg: gl.constexpr):
             mbarrier.arrive(tile_ready_bar.index((ti - 1) % 8), count=1)
         for j in range(n - 2, -1, -1):
             coord = [b, lowest + j * N, hk, 0]
-            fill(k_desc, coord, k_ring, (it + 1) % DEPTH, ((it + 1) // DEPTH) & 1)
+            fill(k_desc, coord, k_ring, (it + 1) % K_DEPTH, ((it + 1) // K_DEPTH) & 1)
             coord = [b, lowest + (j + 1) * N, hk, 0]
             fill(v_desc, coord, v_ring, it % DEPTH, (it // DEPTH) & 1)
             it += 1
@@ -247,8 +280,8 @@ def first_scores(
         q_regs = q.load(q_layout)
         mbarrier.arrive(q_ring[2].index(slot), count=1)
         q = gl.convert_layout(q_regs, gl.DotOperandLayout(0, layout, 2))
-    k_slot = it % cfg.num_buffers
-    mbarrier.wait(k_ring[1].index(k_slot), (it // cfg.num_buffers) & 1, pred=there)
+    k_slot = it % cfg.num_k_buffers
+    mbarrier.wait(k_ring[1].index(k_slot), (it // cfg.num_k_buffers) & 1, pred=there)
     k = k_ring[0].index(k_slot).reshape([cfg.BLOCK_N, HEADDIM]).slice(0, N, dim=0)
     zero = gl.zeros([64, N], gl.float32, layout)
     return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True), q_regs
@@ -268,9 +301,9 @@ def key_step(
     """
     N: gl.constexpr = cfg.BLOCK_N
     layout: gl.constexpr = row_layout(N)
-    k_slot = (it + 1) % cfg.num_buffers
+    k_slot = (it + 1) % cfg.num_k_buffers
     slot = it % cfg.num_buffers
-    mbarrier.wait(k_ring[1].index(k_slot), ((it + 1) // cfg.num_buffers) & 1)
+    mbarrier.wait(k_ring[1].index(k_slot), ((it + 1) // cfg.num_k_buffers) & 1)
     take_turn("sync", WG, cfg)
     k = k_ring[0].index(k_slot).reshape([N, cfg.headdim]).permute((1, 0))
     zero = gl.zeros([64, N], gl.float32, layout)
@@ -303,14 +336,15 @@ def key_step(
 @gluon.jit
 def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup: 64 rows of every tile of this CTA."""
-    redo_descs, o_desc, rings, o_buffers, tiles, lse_ptr, shape, qk_scale = given
+    redo_descs, rings, redo_buffers, tiles, out, shape, qk_scale = given
     q_ring, k_ring, v_ring = rings
-    o_smem, redo_ready_bar = o_buffers
+    redo_smem, redo_ready_bar = redo_buffers
     tiles_smem, tile_ready_bar = tiles
     N: gl.constexpr = cfg.BLOCK_N
     DEPTH: gl.constexpr = cfg.num_buffers
+    K_DEPTH: gl.constexpr = cfg.num_k_buffers
     HEADDIM: gl.constexpr = cfg.headdim
-    dtype: gl.constexpr = o_desc.dtype
+    dtype: gl.constexpr = v_ring[0].dtype
     HALF: gl.constexpr = cfg.half_diagonal and WG == 0
     FIRST: gl.constexpr = 64 if HALF else N  # keys of the first block that are used
     s_layout: gl.constexpr = row_layout(N)
@@ -337,11 +371,11 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
         m, head = tile_of(tile, shape, cfg)
         row = m * cfg.BLOCK_M + WG * 64
         n, lowest = key_blocks(m, shape, cfg)
-        if cfg.causal and cfg.consumers == 3:  # free the blocks that these 64 rows do not see
-            seen = min((row + 64 + shape.seqlen_k - shape.seqlen_q + N - 1) // N, n)
+        if cfg.causal and cfg.BLOCK_M != N:  # free the blocks that these 64 rows do not see
+            seen = seen_blocks(row, n, lowest, shape, cfg)
             for _ in range(n - seen):
-                mbarrier.wait(k_ring[1].index(it % DEPTH), (it // DEPTH) & 1)
-                release(k_ring, it % DEPTH)
+                mbarrier.wait(k_ring[1].index(it % K_DEPTH), (it // K_DEPTH) & 1)
+                release(k_ring, it % K_DEPTH)
                 mbarrier.wait(v_ring[1].index(it % DEPTH), (it // DEPTH) & 1)
                 release(v_ring, it % DEPTH)
                 take_turn("sync", WG, cfg)  # every consumer takes as many turns a tile
@@ -351,7 +385,7 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
         if not cfg.cross_tile:
             s, q_regs = first_scores(q_regs, q_ring, k_ring, it, ti, True, WG, FIRST, cfg)
             s = warpgroup_mma_wait(0, deps=[s])
-            release(k_ring, it % DEPTH)
+            release(k_ring, it % K_DEPTH)
         q_slot = WG * cfg.num_q_buffers + ti % cfg.num_q_buffers
         q = q_ring[0].index(q_slot).reshape([64, HEADDIM])
         if cfg.q_in_registers:
@@ -420,12 +454,14 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
         m_row = gl.convert_layout(m_i, rows)
         exact = (l_row >= 0.5) & (l_row <= 1152921504606846976.0)  # 2^60
         flags = flags | (gl.where(exact | (m_row == -float("inf")), 0, 1) << ((ti - 1) % 32))
-        store_tile(acc, l_row, m_row, m, head, WG, o_desc, o_smem.index(WG), lse_ptr, shape, cfg)
+        store_tile(acc, l_row, m_row, m, head, WG, out, shape, cfg)
         if cfg.cross_tile:
             s = warpgroup_mma_wait(0, deps=[s])
-            release(k_ring, it % DEPTH)
+            release(k_ring, it % K_DEPTH)
     if WG == 0:
         take_turn("sync", 0, cfg)
+    if cfg.direct_store:  # no other consumer reads the slots of V that a redo takes
+        meet(cfg.consumers)
     flagged = gl.reduce(flags, 0, either)
     if flagged != 0:
         loads = 0
@@ -433,34 +469,42 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
             if (flagged >> (i % 32)) & 1 != 0:
                 m, head = tile_of(listed_tile(i, tiles_smem, cfg), shape, cfg)
                 loads = redo_tile(
-                    m, head, loads, redo_descs, o_desc, q_ring[0].index(WG * cfg.num_q_buffers),
-                    o_smem.index(WG), redo_ready_bar.index(WG), lse_ptr, shape, qk_scale, WG, cfg,
+                    m, head, loads, redo_descs, q_ring[0].index(WG * cfg.num_q_buffers),
+                    redo_smem.index(WG), redo_ready_bar.index(WG), out, shape, qk_scale, WG, cfg,
                 )  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit
 def attention_kernel(
-    q_desc, k_desc, v_desc, o_desc, k_redo_desc, v_redo_desc, lse_ptr, counter_ptr, shape, qk_scale,
-    cfg: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, k_redo_desc, v_redo_desc, o_ptr, lse_ptr, counter_ptr, shape,
+    qk_scale, cfg: gl.constexpr,
 ):  # fmt: skip
     CONSUMERS: gl.constexpr = cfg.consumers
-    LIST: gl.constexpr = TILE_LIST if cfg.schedule == "dynamic" else 1
+    LIST: gl.constexpr = cfg.list_size if cfg.schedule == "dynamic" else 1
     q_ring = make_ring(q_desc, CONSUMERS * cfg.num_q_buffers, 1)
-    k_ring = make_ring(k_desc, cfg.num_buffers, 128 * CONSUMERS)
+    k_ring = make_ring(k_desc, cfg.num_k_buffers, 128 * CONSUMERS)
     v_ring = make_ring(v_desc, cfg.num_buffers, 128 * CONSUMERS)
-    o_smem = gl.allocate_shared_memory(
-        o_desc.dtype, [CONSUMERS, 1, 64, 1, cfg.headdim], o_desc.layout
-    )
+    if cfg.direct_store:
+        BLOCKS: gl.constexpr = cfg.num_buffers * cfg.BLOCK_N // 64
+        redo_smem = v_ring[0]._reinterpret(
+            v_desc.dtype, [BLOCKS, 1, 64, 1, cfg.headdim], v_desc.layout
+        )
+        out = (o_ptr, lse_ptr)
+    else:
+        redo_smem = gl.allocate_shared_memory(
+            o_desc.dtype, [CONSUMERS, 1, 64, 1, cfg.headdim], o_desc.layout
+        )
+        out = (o_desc, redo_smem, lse_ptr)
     tiles_smem = gl.allocate_shared_memory(
         gl.int32, [LIST, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     rings = (q_ring, k_ring, v_ring)
-    out = (o_smem, barriers(CONSUMERS, 1))
+    redo_buffers = (redo_smem, barriers(CONSUMERS, 1))
     tiles = (tiles_smem, barriers(8, 1))
     redo_descs = (q_desc, k_redo_desc, v_redo_desc)
     load = ((q_desc, k_desc, v_desc), rings, tiles, counter_ptr, shape)
-    softmax = (redo_descs, o_desc, rings, out, tiles, lse_ptr, shape, qk_scale)
+    softmax = (redo_descs, rings, redo_buffers, tiles, out, shape, qk_scale)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -493,7 +537,8 @@ def source(cfg: Config, dtype: str) -> dict:
         f"{name}_desc": f"tensordesc<{dtype}[1, {n}, 1, {cfg.headdim}],{layout!r}>"
         for name, n in rows.items()
     }
-    signature |= {"lse_ptr": "*fp32", "counter_ptr": "*i32", "qk_scale": "fp32"}
+    signature |= {"o_ptr": f"*{dtype}", "lse_ptr": "*fp32", "counter_ptr": "*i32"}
+    signature["qk_scale"] = "fp32"
     signature["shape"] = Shape(*["i32"] * len(Shape._fields))
     return {"kernel": attention_kernel, "signature": signature, "constexprs": {"cfg": cfg}}
 
@@ -526,7 +571,7 @@ def schedule(
     tiles = num_m * num_heads
     if cfg.schedule == "pairs" and num_m % 2:
         cfg = replace(cfg, schedule="dynamic", num_q_buffers=1)  # its list takes the room
-    if cfg.schedule == "dynamic" and tiles > num_sms * (TILE_LIST.value - 1):
+    if cfg.schedule == "dynamic" and tiles > num_sms * (cfg.list_size - 1):
         cfg = replace(cfg, schedule="static")
     group = nheads // nheads_k
     heads = min(num_heads, max(1, cfg.l2_bytes // (4 * seqlen_k * headdim)) * group)
@@ -591,7 +636,8 @@ def forward(
     stream = torch._C._cuda_getCurrentRawStream(device)
     counter = tile_counter(device, stream) if dynamic else 0
     qk_scale = LOG2_E * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
-    kernel.launch(grid, stream, (*descs, lse.data_ptr(), counter, shape, qk_scale, None))
+    pointers = (out.data_ptr(), lse.data_ptr(), counter)
+    kernel.launch(grid, stream, (*descs, *pointers, shape, qk_scale, None))
     return out, lse
 
 
@@ -599,8 +645,8 @@ def unsupported(problem: Problem, capability: tuple[int, int]) -> str | None:
     """Why this kernel cannot run a problem on a GPU of that compute capability, or None."""
     if capability != (9, 0):
         return f"needs compute capability 9.0; this GPU has {capability[0]}.{capability[1]}"
-    if problem.headdim not in (64, 128):
-        return f"supports headdim 64 and 128, not headdim={problem.headdim}"
+    if problem.headdim not in (64, 128, 256):
+        return f"supports headdim 64, 128 and 256, not headdim={problem.headdim}"
     if problem.page_size:
         return f"reads contiguous keys and values, not page_size={problem.page_size}"
     return None

@@ -12,6 +12,16 @@ def row_layout(columns):
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
+@gluon.constexpr_function
+def store_layout(columns):
+    """`row_layout`, but lanes and registers exchange one bit of the column, which takes shuffles: a
+    thread has 4 columns in a row (8 bytes), four lanes have 16, a whole sector of memory."""
+    registers = [[0, 1], [0, 2], [8, 0]]
+    registers += [[0, 16 << i] for i in range((columns // 16).bit_length() - 1)]
+    lanes = [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns])
+
+
 @gluon.jit
 def unary(INSTRUCTION: gl.constexpr, x):
     return gl.inline_asm_elementwise(INSTRUCTION, "=f,f", [x], gl.float32, is_pure=True, pack=1)
@@ -45,6 +55,20 @@ def opaque(x):
 def thread_sums(x):
     """[64, columns] to [64, 8]: sums within each thread, without a shuffle."""
     return gl.sum(gl.reshape(x, [64, x.shape[1] // 8, 8]), 1)
+
+
+@gluon.constexpr_function
+def meet_asm(consumers):
+    return f"bar.sync {8 + consumers}, {128 * consumers}; mov.b32 $0, $1;"
+
+
+@gluon.jit
+def meet(CONSUMERS: gl.constexpr):
+    """Wait until all consumers are here, on a hardware barrier after those of their turns."""
+    thread = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.inline_asm_elementwise(
+        meet_asm(CONSUMERS), "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
