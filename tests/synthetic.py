@@ -424,9 +424,9 @@ class Maker:
 
     def all(self, noisy: Sequence[str] = ("grid-d64-causal-s16384",)) -> Path:
         self.device()
-        for suite in ("grid", "grid_fp16", "gate", "variant", "smoke", "control"):
+        for suite in ("grid", "grid_fp16", "grid256", "gate", "variant", "smoke", "control"):
             self.check(suite)
-        for suite in ("grid", "grid_fp16", "gate", "variant", "control"):
+        for suite in ("grid", "grid_fp16", "grid256", "gate", "variant", "control"):
             self.timing(suite, "spaced", noisy)
         self.timing("grid", "sustained")
         for suite in ("gate", "control"):

@@ -43,7 +43,7 @@ from attn_ladder.launch import Kernel, Layout, tile_counter
 from attn_ladder.problem import Problem
 from attn_ladder.rows import hide, hide_diagonal, redo_tile, store_tile
 from attn_ladder.stage import Stage
-from attn_ladder.tiles import Shape, listed_tile, num_tiles, tile_of
+from attn_ladder.tiles import TILE_LIST, Shape, listed_tile, num_tiles, tile_of
 from attn_ladder.warpgroup import (
     barriers,
     either,
@@ -72,7 +72,6 @@ class Config:
     consumers: int = 2
     BLOCK_N: int = 128
     num_buffers: int = 2  # depth of the rings of K and V
-    more_k_buffers: int = 0  # the ring of K is deeper by so many
     num_q_buffers: int = 1
     q_in_registers: bool = True
     ping_pong: bool = True  # the consumers take turns to issue products
@@ -91,7 +90,6 @@ class Config:
             (self.consumers in (2, 3), "consumers", "to be 2 or 3"),
             (self.BLOCK_N in (64, 128), "BLOCK_N", "to be 64 or 128"),
             (self.num_buffers >= 2, "num_buffers", "to be at least 2"),
-            (self.more_k_buffers >= 0, "more_k_buffers", "to be at least 0"),
             (self.num_q_buffers >= 1, "num_q_buffers", "to be at least 1"),
             (self.producer_warps in (1, 2, 4), "producer_warps", "to be 1, 2 or 4"),
             (self.schedule in ("static", "pairs", "dynamic"), "schedule", "a known order"),
@@ -115,18 +113,9 @@ class Config:
         return 64 * self.consumers
 
     @property
-    def num_k_buffers(self) -> int:
-        return self.num_buffers + self.more_k_buffers
-
-    @property
     def fixed_diagonal(self) -> bool:
         """Whether the mask of the diagonal block is the same in every tile."""
         return self.causal and not self.ragged and self.consumers == 2
-
-    @property
-    def list_size(self) -> int:
-        """Entries of the list of tiles that a CTA got from the counter."""
-        return 1024 if self.headdim < 256 else 256
 
 
 def choose_config(headdim: int, causal: bool, seqlen_k: int, ragged: bool = False) -> Config:
@@ -134,8 +123,8 @@ def choose_config(headdim: int, causal: bool, seqlen_k: int, ragged: bool = Fals
     two = dict(num_buffers=3, num_q_buffers=2, overlap="others")
     three = dict(two, consumers=3, q_in_registers=False)
     if headdim == 256:
-        order = "dynamic" if causal else "static"
-        memory = dict(BLOCK_N=64, more_k_buffers=1, q_in_registers=False, direct_store=True)
+        order = "pairs" if causal else "static"
+        memory = dict(BLOCK_N=64, q_in_registers=False, direct_store=True)
         return Config(256, causal, ragged, schedule=order, **memory)
     if headdim == 128 and not causal:
         return Config(128, False, ragged, q_in_registers=not ragged)
@@ -216,7 +205,6 @@ def load_partition(given, cfg: gl.constexpr):
     tiles_smem, tile_ready_bar = tiles
     N: gl.constexpr = cfg.BLOCK_N
     DEPTH: gl.constexpr = cfg.num_buffers
-    K_DEPTH: gl.constexpr = cfg.num_k_buffers
     Q_DEPTH: gl.constexpr = cfg.num_q_buffers
     CONSUMERS: gl.constexpr = cfg.consumers
     it = 0
@@ -234,7 +222,7 @@ def load_partition(given, cfg: gl.constexpr):
         hk = h // shape.group
         n, lowest = key_blocks(m, shape, cfg)
         coord = [b, lowest + (n - 1) * N, hk, 0]
-        fill(k_desc, coord, k_ring, it % K_DEPTH, (it // K_DEPTH) & 1)
+        fill(k_desc, coord, k_ring, it % DEPTH, (it // DEPTH) & 1)
         for w in gl.static_range(CONSUMERS):
             slot = w * Q_DEPTH + ti % Q_DEPTH
             fill(q_desc, [b, m * cfg.BLOCK_M + w * 64, h, 0], q_ring, slot, (ti // Q_DEPTH) & 1)
@@ -242,7 +230,7 @@ def load_partition(given, cfg: gl.constexpr):
         ti += 1
         if cfg.schedule == "dynamic":
             tile += gl.num_programs(0) - 1
-            if ti == cfg.list_size - 1:
+            if ti == TILE_LIST - 1:
                 tile = end
             elif counted:
                 tile = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
@@ -250,7 +238,7 @@ def load_partition(given, cfg: gl.constexpr):
             mbarrier.arrive(tile_ready_bar.index((ti - 1) % 8), count=1)
         for j in range(n - 2, -1, -1):
             coord = [b, lowest + j * N, hk, 0]
-            fill(k_desc, coord, k_ring, (it + 1) % K_DEPTH, ((it + 1) // K_DEPTH) & 1)
+            fill(k_desc, coord, k_ring, (it + 1) % DEPTH, ((it + 1) // DEPTH) & 1)
             coord = [b, lowest + (j + 1) * N, hk, 0]
             fill(v_desc, coord, v_ring, it % DEPTH, (it // DEPTH) & 1)
             it += 1
@@ -280,8 +268,8 @@ def first_scores(
         q_regs = q.load(q_layout)
         mbarrier.arrive(q_ring[2].index(slot), count=1)
         q = gl.convert_layout(q_regs, gl.DotOperandLayout(0, layout, 2))
-    k_slot = it % cfg.num_k_buffers
-    mbarrier.wait(k_ring[1].index(k_slot), (it // cfg.num_k_buffers) & 1, pred=there)
+    k_slot = it % cfg.num_buffers
+    mbarrier.wait(k_ring[1].index(k_slot), (it // cfg.num_buffers) & 1, pred=there)
     k = k_ring[0].index(k_slot).reshape([cfg.BLOCK_N, HEADDIM]).slice(0, N, dim=0)
     zero = gl.zeros([64, N], gl.float32, layout)
     return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True), q_regs
@@ -301,9 +289,9 @@ def key_step(
     """
     N: gl.constexpr = cfg.BLOCK_N
     layout: gl.constexpr = row_layout(N)
-    k_slot = (it + 1) % cfg.num_k_buffers
+    k_slot = (it + 1) % cfg.num_buffers
     slot = it % cfg.num_buffers
-    mbarrier.wait(k_ring[1].index(k_slot), ((it + 1) // cfg.num_k_buffers) & 1)
+    mbarrier.wait(k_ring[1].index(k_slot), ((it + 1) // cfg.num_buffers) & 1)
     take_turn("sync", WG, cfg)
     k = k_ring[0].index(k_slot).reshape([N, cfg.headdim]).permute((1, 0))
     zero = gl.zeros([64, N], gl.float32, layout)
@@ -342,7 +330,6 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
     tiles_smem, tile_ready_bar = tiles
     N: gl.constexpr = cfg.BLOCK_N
     DEPTH: gl.constexpr = cfg.num_buffers
-    K_DEPTH: gl.constexpr = cfg.num_k_buffers
     HEADDIM: gl.constexpr = cfg.headdim
     dtype: gl.constexpr = v_ring[0].dtype
     HALF: gl.constexpr = cfg.half_diagonal and WG == 0
@@ -374,8 +361,8 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
         if cfg.causal and cfg.BLOCK_M != N:  # free the blocks that these 64 rows do not see
             seen = seen_blocks(row, n, lowest, shape, cfg)
             for _ in range(n - seen):
-                mbarrier.wait(k_ring[1].index(it % K_DEPTH), (it // K_DEPTH) & 1)
-                release(k_ring, it % K_DEPTH)
+                mbarrier.wait(k_ring[1].index(it % DEPTH), (it // DEPTH) & 1)
+                release(k_ring, it % DEPTH)
                 mbarrier.wait(v_ring[1].index(it % DEPTH), (it // DEPTH) & 1)
                 release(v_ring, it % DEPTH)
                 take_turn("sync", WG, cfg)  # every consumer takes as many turns a tile
@@ -385,7 +372,7 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
         if not cfg.cross_tile:
             s, q_regs = first_scores(q_regs, q_ring, k_ring, it, ti, True, WG, FIRST, cfg)
             s = warpgroup_mma_wait(0, deps=[s])
-            release(k_ring, it % K_DEPTH)
+            release(k_ring, it % DEPTH)
         q_slot = WG * cfg.num_q_buffers + ti % cfg.num_q_buffers
         q = q_ring[0].index(q_slot).reshape([64, HEADDIM])
         if cfg.q_in_registers:
@@ -457,7 +444,7 @@ def softmax_partition(given, WG: gl.constexpr, cfg: gl.constexpr):
         store_tile(acc, l_row, m_row, m, head, WG, out, shape, cfg)
         if cfg.cross_tile:
             s = warpgroup_mma_wait(0, deps=[s])
-            release(k_ring, it % K_DEPTH)
+            release(k_ring, it % DEPTH)
     if WG == 0:
         take_turn("sync", 0, cfg)
     if cfg.direct_store:  # no other consumer reads the slots of V that a redo takes
@@ -481,9 +468,9 @@ def attention_kernel(
     qk_scale, cfg: gl.constexpr,
 ):  # fmt: skip
     CONSUMERS: gl.constexpr = cfg.consumers
-    LIST: gl.constexpr = cfg.list_size if cfg.schedule == "dynamic" else 1
+    LIST: gl.constexpr = TILE_LIST if cfg.schedule == "dynamic" else 1
     q_ring = make_ring(q_desc, CONSUMERS * cfg.num_q_buffers, 1)
-    k_ring = make_ring(k_desc, cfg.num_k_buffers, 128 * CONSUMERS)
+    k_ring = make_ring(k_desc, cfg.num_buffers, 128 * CONSUMERS)
     v_ring = make_ring(v_desc, cfg.num_buffers, 128 * CONSUMERS)
     if cfg.direct_store:
         BLOCKS: gl.constexpr = cfg.num_buffers * cfg.BLOCK_N // 64
@@ -571,7 +558,7 @@ def schedule(
     tiles = num_m * num_heads
     if cfg.schedule == "pairs" and num_m % 2:
         cfg = replace(cfg, schedule="dynamic", num_q_buffers=1)  # its list takes the room
-    if cfg.schedule == "dynamic" and tiles > num_sms * (cfg.list_size - 1):
+    if cfg.schedule == "dynamic" and tiles > num_sms * (TILE_LIST.value - 1):
         cfg = replace(cfg, schedule="static")
     group = nheads // nheads_k
     heads = min(num_heads, max(1, cfg.l2_bytes // (4 * seqlen_k * headdim)) * group)

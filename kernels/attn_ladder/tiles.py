@@ -5,6 +5,8 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+TILE_LIST = gl.constexpr(1024)  # entries of the list of tiles that a CTA got from the counter
+
 
 class Shape(NamedTuple):
     """The problem as the kernel sees it."""
