@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from attn_ladder import stage
 from attn_ladder.problem import Problem, read_problems
-from attn_profiling import device, model, predict, verdict
+from attn_profiling import device, metrics, model, predict, verdict
 from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, NO_REGIME, REFERENCE_PEER, SHORTEST
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "plain",
 ]
 
+PROFILE = "profile"
+"""The suite whose counters stand in where a run has none of the grid or of the gate."""
 SHORT = {"fa3": "FA3", "fa4": "FA4", "fa2": "FA2", "cudnn": "cuDNN"}
 
 
@@ -100,11 +103,14 @@ class Evidence:
         value = found.get("median", found.get("value"))
         return None if value is None else Value(value, found.get("ci_low"), found.get("ci_high"))
 
-    def all_of(self, suite: str, metric: str) -> dict[tuple[str, str], Value]:
-        """A metric of everything in a suite that has it, by problem and subject."""
+    def all_of(
+        self, suite: str, metric: str, only: str | None = None
+    ) -> dict[tuple[str, str], Value]:
+        """A metric of everything in a suite that has it, by problem and subject; in one regime
+        only, where one is named."""
         found = {}
         for s, problem, subject, name, regime in self._metrics:
-            if (s, name) == (suite, metric):
+            if (s, name) == (suite, metric) and only in (None, regime):
                 value = self.metric(suite, problem, subject, metric, regime)
                 if value is not None:
                     found[problem, subject] = value
@@ -146,6 +152,49 @@ class Evidence:
     def suite(self, name: str) -> list[Problem]:
         """The problems of a suite, in file order."""
         return [p for p in self.problems.values() if name in p.suites]
+
+    @cached_property
+    def _counted(self) -> set[tuple[str, str]]:
+        return {
+            (suite, problem)
+            for suite, problem, _, metric, regime in self._metrics
+            if metric in metrics.BY_ID and regime == NO_REGIME
+        }
+
+    def counted(self, suite: str) -> list[Problem]:
+        """The problems of a suite that Nsight Compute's counters were read on, in file order."""
+        return [p for p in self.suite(suite) if (suite, p.id) in self._counted]
+
+    def counter_suite(self, suite: str = "grid") -> str:
+        """The suite whose counters speak for the grid or the gate: itself, or `profile` in a run
+        that was not profiled on it."""
+        return suite if self.counted(suite) else PROFILE
+
+    @property
+    def counter_problems(self) -> str:
+        """What the medians of counters are over: the problems, and how many."""
+        suite = self.counter_suite()
+        found, every = len(self.counted(suite)), len(self.suite(suite))
+        of = f"the {found}" if found == every else f"{found} of the {every}"
+        return f"{of} problems of the {'grid' if suite == 'grid' else f'suite {suite}'}"
+
+    @property
+    def counters(self) -> str:
+        """Which problems of the grid and the gate have counters, as a sentence."""
+        if not self._counted:
+            return "No counters were read in this run."
+        parts, missing = [], []
+        for suite, noun in (("grid", "problems of the grid"), ("gate", "of the gate")):
+            counted = {p.id for p in self.counted(self.counter_suite(suite))}
+            every = self.suite(suite)
+            found = sum(p.id in counted for p in every)
+            whole = "all" if found == len(every) else f"{found} of the"
+            parts.append(f"{whole} {len(every)} {noun}")
+            missing += [] if self.counted(suite) else [f"the {suite}"]
+        text = f"Counters of {' and '.join(parts)}"
+        if missing:
+            text += f"; this run has only those of the suite {PROFILE} for {' and '.join(missing)}"
+        return text + "."
 
     def roofline(
         self, suite: str, problem: Problem, subject: str | None, regime: str = "spaced"

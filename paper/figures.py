@@ -20,18 +20,33 @@ from attn_ladder import stage  # noqa: E402
 from attn_profiling import predict  # noqa: E402
 from paper.evidence import Evidence, Value, label, load  # noqa: E402
 
+# Okabe and Ito's palette, which the colour-blind can tell apart, and greys for the older peers;
+# markers and dashes say the same a second time.
 COLORS = {
-    "fa3": "#222222",
-    "cudnn": "#7a7a7a",
-    "fa2": "#b5b5b5",
-    "fa4": "#a06a2c",
-    "stage1": "#b8d4e8",
-    "stage2": "#86b6d9",
-    "stage3": "#5496c4",
-    "stage4": "#2a74a8",
-    "stage5": "#c0392b",
+    "fa3": "#000000",
+    "cudnn": "#777777",
+    "fa2": "#b0b0b0",
+    "fa4": "#cc79a7",
+    "stage1": "#56b4e9",
+    "stage2": "#009e73",
+    "stage3": "#0072b2",
+    "stage4": "#e69f00",
+    "stage5": "#d55e00",
 }
-MARKERS = {"fa3": "s", "cudnn": "D", "fa2": "v", "fa4": "^"}
+MARKERS = {
+    "fa3": "s",
+    "cudnn": "D",
+    "fa2": "v",
+    "fa4": "^",
+    "stage1": "o",
+    "stage2": "<",
+    "stage3": ">",
+    "stage4": "p",
+    "stage5": "*",
+}
+DASHED = ("cudnn", "fa2", "fa4")
+CLAIM = "claimed"
+SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 PANELS = ((64, False), (64, True), (128, False), (128, True))
 
 plt.rcParams.update(
@@ -65,24 +80,65 @@ def _say_if_empty(axes: Any) -> None:
     axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=7)
 
 
-def _line(axes: Any, name: str, x: Sequence[float], values: Sequence[Value | None]) -> None:
+def _line(
+    axes: Any,
+    name: str,
+    x: Sequence[float],
+    values: Sequence[Value | None],
+    joined: bool = True,
+) -> None:
     kept = [(a, v) for a, v in zip(x, values, strict=True) if v is not None]
     if not kept:
         return
     color = COLORS.get(name, "#555555")
     xs, ys = [a for a, _ in kept], [v.value for _, v in kept]
-    axes.plot(xs, ys, color=color, marker=MARKERS.get(name, "o"), label=label(name))
+    marker = MARKERS.get(name, "o")
+    axes.plot(
+        xs,
+        ys,
+        color=color,
+        marker=marker,
+        markersize=5 if marker == "*" else None,
+        linestyle="" if not joined else "--" if name in DASHED else "-",
+        label=label(name),
+        zorder=3 if name == "fa3" else 2,
+    )
     bars = [(a, v.low, v.high) for a, v in kept if v.low is not None and v.high is not None]
     if bars:
         axes.vlines([b[0] for b in bars], [b[1] for b in bars], [b[2] for b in bars], color=color)
 
 
-def _seqlen_axis(axes: Any) -> None:
-    ticks = [512, 1024, 2048, 4096, 8192, 16384]
+def _log_axis(axes: Any, ticks: Sequence[int], word: str) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xlim(400, 21000)
-    axes.set_xticks(ticks, ["512", "1k", "2k", "4k", "8k", "16k"])
+    axes.set_xlim(ticks[0] / 1.4, ticks[-1] * 1.4)
+    axes.set_xticks(ticks, [str(t) if t < 1024 else f"{t // 1024}k" for t in ticks])
     axes.minorticks_off()
+    axes.set_xlabel(word)
+
+
+def _panels(figure: Any) -> list[Any]:
+    """The panels of a figure, and of the figures inside it."""
+    return [*figure.axes, *(axes for part in figure.subfigs for axes in part.axes)]
+
+
+def _legend(figure: Any) -> None:
+    """One legend for all panels: an entry for each label, in the order of first appearance."""
+    found: dict[str, Any] = {}
+    for axes in _panels(figure):
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(text, handle)
+    if CLAIM in found:
+        found[CLAIM] = found.pop(CLAIM)  # last
+    if found:
+        figure.legend(
+            list(found.values()),
+            list(found),
+            loc="outside lower center",
+            ncols=len(found),
+            columnspacing=1.3,
+            handlelength=2.2,
+            handletextpad=0.5,
+        )
 
 
 def _over_grid(
@@ -99,13 +155,10 @@ def _over_grid(
         for name in names:
             _line(axes, name, [p.seqlen_q for p in problems], [find(p.id, name) for p in problems])
         axes.set_title(f"headdim {headdim}, {'causal' if causal else 'full'}", fontsize=8)
-        axes.set_xlabel("seqlen")
-        _seqlen_axis(axes)
+        _log_axis(axes, SEQLENS, "seqlen")
         _say_if_empty(axes)
     all_axes[0].set_ylabel(ylabel)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    _legend(figure)
     return figure
 
 
@@ -164,133 +217,172 @@ def prediction(evidence: Evidence) -> Any:
     return figure
 
 
-def _profile(evidence: Evidence, metric: str, ylabel: str, axes: Any) -> None:
-    """One metric on the profiled problems, one group of bars for each."""
-    names, problems = _shown(evidence), evidence.suite("profile")
-    width = 0.8 / max(len(names), 1)
-    for n, name in enumerate(names):
-        found = [evidence.metric("profile", p.id, name, metric) for p in problems]
-        kept = [(i + (n - (len(names) - 1) / 2) * width, v.value) for i, v in enumerate(found) if v]
-        if kept:
-            axes.bar(
-                [x for x, _ in kept],
-                [y for _, y in kept],
-                width,
-                color=COLORS.get(name, "#555555"),
-                label=label(name),
+def _compared(evidence: Evidence) -> list[str]:
+    """Who is shown beside a claim: FA3, cuDNN and the stages."""
+    return [s for s in ("fa3", "cudnn") if s in evidence.subjects] + evidence.of_kind("stage")
+
+
+def _claim(
+    evidence: Evidence, constraint: str, metric: str, panel: str, axes: Any, told: bool = True
+) -> None:
+    """Draw what is claimed of a metric into a panel of a suite that it is judged in, and the number
+    beside it."""
+    for h in evidence.constraints.hypotheses:
+        if (h.constraint, h.witness.get("metric")) != (constraint, metric):
+            continue
+        if not {panel, panel.partition("/")[0]} & {*h.suites}:
+            continue
+        axes.axhline(
+            h.threshold, color="#444444", linestyle=(0, (1.5, 1.2)), linewidth=1.1, label=CLAIM
+        )
+        if told:
+            sign = "≥" if h.at_least is not None else "≤"
+            axes.annotate(
+                f"{sign} {h.threshold:g}",
+                (1.0, h.threshold),
+                xycoords=("axes fraction", "data"),
+                xytext=(2, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=6.5,
+                color="#444444",
+                annotation_clip=False,
             )
-    words = [
-        f"{'gate' if p.id.startswith('gate') else f'd{p.headdim}'}"
-        f"\n{'causal' if p.causal else 'full'}\n{p.seqlen_q}"
-        for p in problems
+
+
+def _from_zero(row: Sequence[Any]) -> None:
+    """One scale for the panels of a row, from zero, with what is claimed inside."""
+    tops = [
+        float(max(line.get_ydata())) for axes in row for line in axes.lines if len(line.get_ydata())
     ]
-    axes.set_xticks(range(len(problems)), words, fontsize=6)
-    axes.set_ylabel(ylabel)
-    axes.grid(axis="x", visible=False)
-    _say_if_empty(axes)
+    top = 1.18 * max(tops, default=1.0)
+    for axes in row:
+        axes.set_ylim(-0.03 * top, top)
 
 
-def _threshold(evidence: Evidence, constraint: str, axes: Any) -> None:
-    primary = next(
-        h
-        for h in evidence.constraints.hypotheses
-        if (h.constraint, h.role) == (constraint, "primary")
+def _counter_row(
+    evidence: Evidence, constraint: str, metric: str, ylabel: str, row: Sequence[Any]
+) -> None:
+    """A counter against seqlen in the four panels of the grid, and against batch of the gate.
+
+    Points are joined where the run has the counters of the whole suite.
+    """
+    panels = [
+        (
+            "grid/causal" if causal else "grid/full",
+            f"d {headdim}, {'causal' if causal else 'full'}",
+            [p for p in evidence.suite("grid") if (p.headdim, p.causal) == (headdim, causal)],
+        )
+        for headdim, causal in PANELS
+    ]
+    panels.append(("gate", "gate problem", evidence.suite("gate")))
+    for axes, (panel, title, problems) in zip(row, panels, strict=True):
+        suite = panel.partition("/")[0]
+        source = evidence.counter_suite(suite)
+        x = [p.batch if suite == "gate" else p.seqlen_q for p in problems]
+        for name in _compared(evidence):
+            found = [evidence.metric(source, p.id, name, metric) for p in problems]
+            _line(axes, name, x, found, joined=source == suite)
+        axes.set_title(title, fontsize=7.5)
+        if suite == "gate":
+            _log_axis(axes, [p.batch for p in problems], "batch")
+        else:
+            _log_axis(axes, SEQLENS, "seqlen")
+        axes.tick_params(labelsize=6, pad=1.5)
+        _say_if_empty(axes)
+        if axes.lines:
+            _claim(evidence, constraint, metric, panel, axes, told=axes is row[-1])
+        if axes is not row[0]:
+            axes.tick_params(labelleft=False)
+    row[0].set_ylabel(ylabel, fontsize=7.5)
+    _from_zero(row)
+
+
+def _counters(evidence: Evidence, constraint: str, *rows: tuple[str, str]) -> Any:
+    """Counters of a constraint, a row each: five panels, four of the grid and one of the gate."""
+    figure, all_axes = plt.subplots(
+        len(rows), 5, figsize=(6.6, 1.55 * len(rows) + 0.45), layout="constrained", squeeze=False
     )
-    axes.axhline(primary.threshold, color="#c0392b", linestyle=":", linewidth=1)
-    axes.annotate(
-        f"claimed for FA3: {primary.threshold:g}",
-        (1.0, primary.threshold),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-        fontsize=6.5,
-        color="#c0392b",
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
-    )
-
-
-def _two_profiles(
-    evidence: Evidence, constraint: str, metrics: Sequence[tuple[str, str]], claimed: int = 0
-) -> Any:
-    figure, all_axes = plt.subplots(2, 1, figsize=(7.2, 3.6), layout="constrained")
-    for n, (axes, (metric, ylabel)) in enumerate(zip(all_axes, metrics, strict=True)):
-        _profile(evidence, metric, ylabel, axes)
-        if n == claimed and axes.patches:
-            _threshold(evidence, constraint, axes)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    for n, (row, (metric, ylabel)) in enumerate(zip(all_axes, rows, strict=True)):
+        _counter_row(evidence, constraint, metric, ylabel, row)
+        for axes in row:
+            if n:
+                axes.set_title("")
+            if n < len(rows) - 1:
+                axes.set_xlabel("")
+    _legend(figure)
     return figure
 
 
 def branching(evidence: Evidence) -> Any:
-    """Inactive threads, and predicated-off ones, on the profiled problems."""
-    return _two_profiles(
+    """Inactive threads, and predicated-off ones."""
+    return _counters(
         evidence,
         "branching",
-        (
-            ("inactive_threads", "threads inactive (%)"),
-            ("predicated_off", "inactive or pred. off (%)"),
-        ),
+        ("inactive_threads", "threads inactive (%)"),
+        ("predicated_off", "inactive or pred. off (%)"),
     )
 
 
 def sync(evidence: Evidence) -> Any:
     """Warp samples at CTA-wide barriers, and at named ones."""
-    return _two_profiles(
+    return _counters(
         evidence,
         "sync",
-        (
-            ("samples_cta_barrier", "held by CTA barriers (%)"),
-            ("samples_named_barrier", "held by named barriers (%)"),
-        ),
+        ("samples_cta_barrier", "at CTA barriers (%)"),
+        ("samples_named_barrier", "at named barriers (%)"),
     )
 
 
 def memory(evidence: Evidence) -> Any:
     """Warp time waiting for global memory, and the tensor pipe."""
-    return _two_profiles(
+    return _counters(
         evidence,
         "memory",
-        (("stall_memory", "waiting for memory (%)"), ("tensor_pipe", "tensor pipe active (%)")),
+        ("stall_memory", "waiting for memory (%)"),
+        ("tensor_pipe", "tensor pipe active (%)"),
     )
 
 
 def launch(evidence: Evidence) -> Any:
-    """Latency that is not GPU time, and time per sequence, against batch."""
+    """Latency that is not GPU time, gain over the stage before, and GPU time per sequence against
+    batch; idle SM cycles over the grid and the gate."""
     problems = evidence.suite("gate")
     batches = [p.batch for p in problems]
-    figure, all_axes = plt.subplots(1, 3, figsize=(7.2, 2.3), layout="constrained")
-    for name in _shown(evidence):
+    figure = plt.figure(figsize=(6.6, 3.8), layout="constrained")
+    parts = figure.subfigures(2, 1, height_ratios=(1, 1))
+    above = parts[0].subplots(1, 4)
+    below = parts[1].subplots(1, 5)
+    for name in _compared(evidence):
 
         def found(metric: str, regime: str = "-", subject: str = name) -> list[Value | None]:
             return [evidence.metric("gate", p.id, subject, metric, regime) for p in problems]
 
-        _line(all_axes[0], name, batches, found("launch_share"))
-        _line(all_axes[1], name, batches, found("launch_share_graph"))
         gpu = [
             None if v is None else Value(v.value / p.batch)
             for v, p in zip(found("gpu_us", "spaced"), problems, strict=True)
         ]
-        _line(all_axes[2], name, batches, gpu)
-    for axes in all_axes:
-        _say_if_empty(axes)
-    if all_axes[0].lines:
-        _threshold(evidence, "launch", all_axes[0])
+        of = [found(m) for m in ("launch_share", "launch_share_graph", "eager_gain")]
+        for axes, values in zip(above, (*of, gpu), strict=True):
+            _line(axes, name, batches, values)
     words = (
-        "eager, not GPU time (%)",
-        "graph, not GPU time (%)",
+        "eager: not GPU time (%)",
+        "graph: not GPU time (%)",
+        "eager: gain of a stage",
         "GPU µs per sequence",
     )
-    for axes, word in zip(all_axes, words, strict=True):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(batches, [str(b) for b in batches])
-        axes.minorticks_off()
-        axes.set_xlabel("batch")
-        axes.set_ylabel(word)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    for axes, word in zip(above, words, strict=True):
+        _log_axis(axes, batches, "batch")
+        axes.tick_params(labelsize=6, pad=1.5)
+        axes.set_title(word, fontsize=7)
+        _say_if_empty(axes)
+    for axes, metric in zip(
+        above, ("launch_share", "launch_share_graph", "eager_gain"), strict=False
+    ):
+        if axes.lines:
+            _claim(evidence, "launch", metric, "gate", axes)
+    _counter_row(evidence, "launch", "idle_sm_cycles", "idle SM cycles (%)", below)
+    _legend(figure)
     return figure
 
 
@@ -319,6 +411,15 @@ def controls(evidence: Evidence) -> Any:
         axes.set_xlabel("planted dose")
         axes.set_ylabel(control.get("metric", "").replace("_", " "), fontsize=7)
     return figure
+
+
+COUNTED = ("branching", "launch", "sync", "memory")
+"""The figures that show counters."""
+
+
+def note(evidence: Evidence, name: str) -> str:
+    """What is to be said under a figure: which problems its counters are of."""
+    return evidence.counters if name in COUNTED else ""
 
 
 FIGURES: dict[str, Callable[[Evidence], Any]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ from attn_profiling.record import write_text
 from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, REFERENCE_PEER
 from paper import in_use
 from paper.evidence import Evidence, Value, interval, known_of, load, plain
-from paper.tables import GATE, escape
+from paper.tables import GATE, escape, judged, over_bf16
 
 DIGITS = dict(zip("0123456789", ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven",
                                  "Eight", "Nine"), strict=True))  # fmt: skip
@@ -43,34 +44,42 @@ def with_interval(value: Value | None, digits: int) -> str:
 
 
 def _median_of(
-    evidence: Evidence, subject: str, metric: str, suite: str = "profile"
+    evidence: Evidence, subject: str, metric: str, causal: bool | None = None
 ) -> Value | None:
-    found = [evidence.metric(suite, p.id, subject, metric) for p in evidence.suite(suite)]
-    values = sorted(v.value for v in found if v is not None)
-    return Value(values[len(values) // 2]) if values else None
+    """The median of a counter over the grid, or over what the run was profiled on instead; of the
+    causal or the full problems alone, where that is said."""
+    suite = evidence.counter_suite()
+    problems = [p for p in evidence.suite(suite) if causal in (None, p.causal)]
+    found = [evidence.metric(suite, p.id, subject, metric) for p in problems]
+    values = [v.value for v in found if v is not None]
+    return Value(median(values)) if values else None
 
 
 def _verdict(evidence: Evidence, constraint: str) -> str:
     rows = [r for r in evidence.verdicts if r["constraint"] == constraint]
-    return str(next(r["verdict"] for r in rows if r["suite"] == "(all)"))
+    found = str(next(r["verdict"] for r in rows if r["suite"] == "(all)"))
+    return escape(found.removeprefix("PARTLY: ").lower())  # what is partly so names its suites
 
 
 def agreement(evidence: Evidence, constraint: str) -> str:
     """Whether the counter and the ablation say the same of a constraint, from their verdicts."""
     found = {"primary": set[str](), "ablation": set[str]()}
-    table = iter(evidence.verdicts)
-    for hypothesis in evidence.constraints.hypotheses:
-        for _ in hypothesis.suites:
-            verdict = next(table)["verdict"].split(" ")[0]
-            if hypothesis.constraint == constraint and hypothesis.role in found:
-                found[hypothesis.role].add(verdict)
+    told: dict[tuple[str, str], list[str]] = {}
+    for hypothesis, suite, row in judged(evidence):
+        verdict = row["verdict"].split(" ")[0]
+        if hypothesis.constraint == constraint and hypothesis.role in found:
+            found[hypothesis.role].add(verdict)
+            if hypothesis.role == "ablation":
+                by = "GPU time" if hypothesis.witness["kind"] == "speedup" else "eager latency"
+                told.setdefault((verdict.lower(), by), []).append(suite)
     primary, ablation = found["primary"], found["ablation"]
     if "INCONCLUSIVE" in primary | ablation or not ablation:
         return "Counter and ablation cannot be set against each other: one of them is inconclusive."
     if primary == ablation:
         return f"Counter and ablation agree: both say {min(primary).lower()}."
     if len(ablation) > 1:
-        return "The ablation says different things in different suites."
+        words = [f"{verdict} by {by} ({', '.join(s)})" for (verdict, by), s in told.items()]
+        return f"The ablation does not say one thing: {'; '.join(words)}."
     return (
         f"Counter and ablation disagree: the counter says {'/'.join(sorted(primary)).lower()} for"
         f" FA3, the ablation {min(ablation).lower()} for the ladder. Removing the constraint from"
@@ -108,8 +117,7 @@ def _event_gap(evidence: Evidence, subjects: Sequence[str]) -> Value | None:
             gpu = evidence.metric("grid", problem.id, name, "gpu_us", "spaced")
             if event and gpu:
                 gaps.append(event.value - gpu.value)
-    gaps.sort()
-    return Value(gaps[len(gaps) // 2]) if gaps else None
+    return Value(median(gaps)) if gaps else None
 
 
 def numbers(evidence: Evidence) -> dict[str, str]:
@@ -144,11 +152,25 @@ def numbers(evidence: Evidence) -> dict[str, str]:
             for name, word in ((MEDIAN, "median"), (MINIMUM, "least")):
                 ratio = evidence.speedup("grid", name, top, peer, regime)
                 put(with_interval(ratio, 3), "top over", peer, word, regime)
+    fa4 = evidence.speedup("grid", MEDIAN, top, "fa4")
+    put(str(int(fa4 is not None)), "fa4 measured")
     sustained = evidence.speedup("grid", MEDIAN, top, REFERENCE_PEER, "sustained")
     put(str(int(sustained is not None)), "sustained measured")
     fp16 = evidence.speedup("grid_fp16", MEDIAN, top, "cudnn")
     put(str(int(fp16 is not None)), "half measured")
     put(with_interval(fp16, 3), "top over cudnn half median")
+    times = over_bf16(evidence)
+    put(str(int(bool(times))), "half beside bf measured")
+    put(text(Value(median(times)) if times else None, 3), "half over bf median")
+    put(text(Value(max(times)) if times else None, 3), "half over bf most")
+    wide = evidence.suite("grid256")
+    ran = {problem for problem, _ in evidence.all_of("grid256", "gpu_us", "spaced")}
+    put(str(int(bool(ran))), "wide measured")
+    put(str(sum(p.id in ran for p in wide)), "wide problems")
+    for peer in (REFERENCE_PEER, "cudnn"):
+        for name, word in ((MEDIAN, "median"), (MINIMUM, "least")):
+            ratio = evidence.speedup("grid256", name, top, peer)
+            put(with_interval(ratio, 3), "top over", peer, "wide", word)
     for name in known_of("stage", "peer"):
         put(text(evidence.metric("gate", GATE, name, "tflops", "spaced"), 0), name, "gate tflops")
         put(with_interval(evidence.speedup("gate", GATE, name, "fa3"), 3), name, "gate ratio")
@@ -170,6 +192,12 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         for name in ("fa3", top):
             who = "top" if name == top else name
             put(text(_median_of(evidence, name, metric), digits), who, metric)
+            for causal, part in ((True, "causal"), (False, "full")):
+                found_in = _median_of(evidence, name, metric, causal)
+                put(text(found_in, digits), who, metric, part)
+    put(evidence.counter_problems, "counter problems")
+    put(escape(evidence.counters), "counter sentence")
+    put(str(int(evidence.counter_suite() == "grid")), "grid counted")
     for metric, digits in (("eager_host_us", 0), ("eager_latency_us", 0), ("graph_latency_us", 0)):
         for name in ("fa3", "cudnn", top):
             who = "top" if name == top else name
@@ -182,6 +210,15 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         gpu = evidence.metric("gate", "gate-b32", name, "per_sequence_gpu", "spaced")
         put(text(eager, 2), who, "per sequence eager")
         put(text(gpu, 2), who, "per sequence gpu")
+    eager = evidence.metric("gate", "gate-b32", "stage3", "eager_gain")
+    put(with_interval(eager, 2), "stage3 eager gain")
+    put(
+        with_interval(evidence.speedup("gate", "gate-b32", "stage3", "stage2"), 2),
+        "stage3 gpu gain",
+    )
+    for hypothesis in evidence.constraints.hypotheses:
+        if hypothesis.role == "ablation":
+            put(f"{hypothesis.threshold:.2f}", "claim", hypothesis.id)
     put(text(_event_gap(evidence, evidence.subjects), 1), "event gap")
     for name in evidence.constraints.constraints:
         put(_verdict(evidence, name).lower(), "verdict", name)

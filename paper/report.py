@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from attn_profiling.record import write_text
 from paper.evidence import Evidence, load
-from paper.figures import FIGURES, save
+from paper.figures import FIGURES, note, save
 from paper.tables import TABLES, verdict_rows
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -24,7 +24,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = (
     ("The constraints", ("constraints", "verdicts"), ("branching", "launch", "sync", "memory",
                                                       "controls")),
-    ("Speed", ("grid", "grid_stages", "grid_fp16"), ("grid", "ratio")),
+    ("Speed", ("grid", "grid_stages", "grid_fp16", "grid256"), ("grid", "ratio")),
     ("The ladder and its gates", ("ladder", "variants", "criteria"), ()),
     ("Which FA3 this is", ("which_fa3", "published", "locks"), ()),
     ("The model", ("prediction", "predictions", "roofline"), ("prediction",)),
@@ -39,6 +39,7 @@ TITLES = {
     "verdicts": "Every hypothesis about them",
     "grid": "The grid, bf16",
     "grid_fp16": "The grid, fp16",
+    "grid256": "Headdim 256, bf16",
     "grid_stages": "Every stage on the grid",
     "ladder": "The ladder on the gate problem",
     "variants": "What a part is worth",
@@ -91,7 +92,9 @@ def render(evidence: Evidence) -> str:
         {
             "title": title,
             "tables": [(TITLES[name], TABLES[name](evidence)) for name in tables],
-            "figures": [(TITLES[name], svg(evidence, name)) for name in figures],
+            "figures": [
+                (TITLES[name], svg(evidence, name), note(evidence, name)) for name in figures
+            ],
         }
         for title, tables, figures in SECTIONS
     ]

@@ -21,15 +21,16 @@ import typer
 
 from attn_ladder import stage
 from attn_ladder.problem import Problem
-from attn_profiling import environment, metrics, model, predict
+from attn_profiling import environment, metrics, model, predict, stats
 from attn_profiling.record import write_text
-from attn_profiling.tidy import csv_text
+from attn_profiling.tidy import csv_text, stage_before
 from attn_profiling.verdict import Hypothesis
 from paper import in_use
 from paper.evidence import (
     BEST,
     MEDIAN,
     MINIMUM,
+    PROFILE,
     REFERENCE_PEER,
     SHORTEST,
     Evidence,
@@ -122,12 +123,22 @@ def _grid_rules(problems: Sequence[Problem]) -> frozenset[int]:
 INCONCLUSIVE_NOTE = "† the A/A pair was off in every attempt: inconclusive, left out of medians."
 
 
+def over_bf16(evidence: Evidence) -> list[float]:
+    """The top stage's time in fp16 over that in bf16, of each problem of the grid that has both."""
+    return [
+        value.value
+        for (_, subject), value in evidence.all_of("grid_fp16", "over_bf16", "spaced").items()
+        if subject == evidence.top
+    ]
+
+
 def grid(evidence: Evidence, suite: str = "grid") -> Table:
-    """TFLOPS of every peer and the top stage, and the top stage's ratios with intervals."""
+    """TFLOPS of every peer that ran and of the top stage, and the top stage's ratios with
+    intervals; in fp16 its time over that in bf16 too."""
     top = evidence.top
-    peers = [p for p in ("fa3", "cudnn", "fa4", "fa2") if p in evidence.subjects]
-    if suite == "grid_fp16":
-        peers = [p for p in peers if p in ("cudnn", "fa2")]
+    ran = {subject for _, subject in evidence.all_of(suite, "tflops", "spaced")}
+    peers = [p for p in ("fa3", "cudnn", "fa4", "fa2") if p in ran]
+    half = suite == "grid_fp16"
     against = [p for p in peers if p != "fa2"]
     problems = evidence.suite(suite)
     rows = []
@@ -141,23 +152,33 @@ def grid(evidence: Evidence, suite: str = "grid") -> Table:
         if suite == "grid":
             sustained = evidence.speedup(suite, problem.id, top, REFERENCE_PEER, "sustained")
             ratios.append(number(sustained, 2) + _dagger(evidence, suite, problem, "sustained"))
+        if half:
+            over = evidence.metric(suite, problem.id, top, "over_bf16", "spaced")
+            ratios.append(number(over, 3))
         rows.append([*shape(problem), *cells, *ratios])
         rows[-1][2] += _dagger(evidence, suite, problem)
+    times = over_bf16(evidence) if half else []
     for name, word in ((MEDIAN, "median"), (MINIMUM, "least"), (SHORTEST, "least to 1024")):
         ratios = [interval(evidence.speedup(suite, name, top, p)) for p in against]
         if suite == "grid":
             found = evidence.speedup(suite, name, top, REFERENCE_PEER, "sustained")
             ratios.append(number(found, 2))
+        if half:
+            ratios.append(number(Value(median(times)), 3) if times and name == MEDIAN else "")
         rows.append(["", word, "", *[""] * (len(peers) + 1), *ratios])
+    if times:
+        rows.append(["", "most", *[""] * (len(rows[0]) - 3), plain(max(times), 3)])
     header = ["d", "mask", "seqlen", *[label(s) for s in (*peers, top)]]
     header += [f"over {label(p)}" for p in against]
-    header += ["sustained"] if suite == "grid" else []
-    sustained_note = " Sustained: over FA3, back to back." if suite == "grid" else ""
+    header += ["sustained"] if suite == "grid" else ["time / bf16"] if half else []
+    last_note = " Sustained: over FA3, back to back." if suite == "grid" else ""
+    if half:
+        last_note = f" Time / bf16: GPU time of {label(top)} over that of the same problem in bf16."
     return Table(
         header,
         rows,
         f"TFLOPS as the FA3 paper counts them; {label(top)} over each peer with 95 % intervals,"
-        f" spaced launches.{sustained_note} {INCONCLUSIVE_NOTE}",
+        f" spaced launches.{last_note} {INCONCLUSIVE_NOTE}",
         _grid_rules(problems) | {len(problems)},
         "rlr" + "r" * (len(header) - 3),
         labels=3,
@@ -444,12 +465,8 @@ def _side(row: Mapping[str, str]) -> str:
 def verdict_rows(evidence: Evidence, roles: Sequence[str]) -> list[list[str]]:
     """The rows of verdicts.csv for hypotheses of some roles, with claim and direction."""
     rows = []
-    table = iter(evidence.verdicts)
-    for hypothesis in evidence.constraints.hypotheses:
-        for suite in hypothesis.suites:
-            row = next(table)
-            if hypothesis.role not in roles:
-                continue
+    for hypothesis, suite, row in judged(evidence):
+        if hypothesis.role in roles:
             sign = "≥" if hypothesis.at_least is not None else "≤"
             rows.append(
                 [
@@ -480,41 +497,97 @@ def _title(metric: str) -> str:
     return ", ".join([title, *where])
 
 
+def _primary(evidence: Evidence, constraint: str) -> Hypothesis:
+    return next(
+        h
+        for h in evidence.constraints.hypotheses
+        if (h.constraint, h.role) == (constraint, "primary")
+    )
+
+
+def judged(evidence: Evidence) -> list[tuple[Hypothesis, str, Mapping[str, str]]]:
+    """Each hypothesis and suite with its row of verdicts.csv."""
+    table = iter(evidence.verdicts)
+    return [(h, suite, next(table)) for h in evidence.constraints.hypotheses for suite in h.suites]
+
+
+def _overall(evidence: Evidence, constraint: str) -> str:
+    """The verdict on a constraint over all its suites."""
+    rows = (r for r in evidence.verdicts if r["constraint"] == constraint)
+    return str(next(r["verdict"] for r in rows if r["suite"] == "(all)"))
+
+
+NOT_JUDGED = "not judged"
+
+
+def _not_judged(evidence: Evidence, primary: Hypothesis) -> Mapping[str, str] | None:
+    """What the counter of a constraint is in the suite `profile`, where the run has it in no suite
+    that it is judged in."""
+    if primary.witness["kind"] != "counter":
+        return None
+    witness = primary.witness
+    found = [
+        evidence.metric(PROFILE, p.id, witness["subject"], witness["metric"])
+        for p in evidence.suite(PROFILE)
+    ]
+    values = [v.value for v in found if v is not None]
+    if not values:
+        return None
+    interval_ = stats.over_values(values)
+    return {
+        "metric": primary.metric,
+        "effect": str(interval_.value),
+        "ci_low": str(interval_.low),
+        "ci_high": str(interval_.high),
+        "threshold": str(primary.threshold),
+        "verdict": NOT_JUDGED,
+    }
+
+
+COUNTER_NOTE = (
+    "Intervals of counters are over problems and symmetric: the bootstrapped spread of the median"
+    " times Student's t, so the lower end of a share can lie below 0."
+)
+
+
 def constraints(evidence: Evidence) -> Table:
-    """One row for each constraint: what the plan says, what was found, the verdict."""
-    rows = []
+    """Each constraint in each suite that it is judged in: what was found, what the plan says, the
+    verdict."""
+    rows: list[list[str]] = []
+    first: list[int] = []
     for name, constraint in evidence.constraints.constraints.items():
-        overall = next(
-            r for r in evidence.verdicts if r["constraint"] == name and r["suite"] == "(all)"
-        )
-        primary = next(
-            h
-            for h in evidence.constraints.hypotheses
-            if (h.constraint, h.role) == (name, "primary")
-        )
+        primary = _primary(evidence, name)
         sign = "≥" if primary.at_least is not None else "≤"
         removed = constraint["removed_by"]
-        before = f"stage{int(removed[5:]) - 1}"
-        gain = evidence.speedup("gate", MEDIAN, removed, before)
-        rows.append(
-            [
-                name,
-                _title(overall["metric"]),
-                " ".join(_verdict_cells(overall)) if overall["effect"] else "–",
-                f"{sign} {primary.threshold:g}",
-                _side(overall),
-                interval(gain),
-                overall["control"],
-                overall["verdict"],
-            ]
-        )
+        gain = evidence.speedup("gate", MEDIAN, removed, f"stage{int(removed[5:]) - 1}")
+        of = [(suite, row) for h, suite, row in judged(evidence) if h is primary]
+        stand_in = _not_judged(evidence, primary)
+        if stand_in is not None and not any(row["effect"] for _, row in of):
+            of.append((PROFILE, stand_in))
+        first.append(len(rows))
+        for n, (suite, row) in enumerate(of):
+            rows.append(
+                [
+                    "" if n else name,
+                    "" if n else _title(row["metric"]),
+                    suite,
+                    " ".join(_verdict_cells(row)) if row["effect"] else "–",
+                    f"{sign} {primary.threshold:g}",
+                    _side(row),
+                    "" if n else interval(gain),
+                    "" if n else of[0][1]["control"],
+                    row["verdict"],
+                ]
+            )
     return Table(
-        ["constraint", "primary witness in FA3", "found", "claimed", "lies", "gain of stage",
-         "control", "verdict"],
+        ["constraint", "primary witness in FA3", "suite", "found", "claimed", "lies",
+         "gain of stage", "control", "verdict"],
         rows,
         "Lies: where the interval is of the claimed number. A verdict needs a passed control. Gain:"
         " GPU time of the stage before over that of the stage that removes the constraint, median"
-        " of the gate problems.",
+        f" of the gate problems. {COUNTER_NOTE}",
+        rules=frozenset(first[1:]),
+        labels=3,
     )  # fmt: skip
 
 
@@ -524,6 +597,7 @@ def verdicts(evidence: Evidence) -> Table:
     return Table(
         ["", "claim", "suite", "found", "interval", "claimed", "lies", "control", "verdict"],
         rows,
+        COUNTER_NOTE,
         align="lp{0.4\\linewidth}lllllll",
     )
 
@@ -620,9 +694,16 @@ def _profiled(evidence: Evidence) -> list[str]:
     return [s for s in evidence.subjects if stage.subject(s).kind in ("stage", "peer")]
 
 
+def _with_counters(evidence: Evidence, problem: str) -> list[str]:
+    """The stages and peers whose counters were read on a problem; all where none were."""
+    names = _profiled(evidence)
+    found = [n for n in names if evidence.metric(PROFILE, problem, n, "kernels_per_call")]
+    return found or names
+
+
 def witnesses(evidence: Evidence, problem: str = GATE) -> Table:
     """The witnesses of one profiled problem, for every subject."""
-    names = _profiled(evidence)
+    names = _with_counters(evidence, problem)
     rows = []
     for metric in WITNESSES:
         found = metrics.BY_ID[metric]
@@ -647,7 +728,7 @@ def witnesses(evidence: Evidence, problem: str = GATE) -> Table:
 
 def stalls(evidence: Evidence, problem: str = GATE) -> Table:
     """The whole stall breakdown: warp cycles per issued instruction."""
-    names = _profiled(evidence)
+    names = _with_counters(evidence, problem)
     rows = []
     for reason, title in metrics.STALLS.items():
         cells = [
@@ -701,19 +782,22 @@ def host(evidence: Evidence) -> Table:
             ("launch_share", "gate-b32"),
         ):
             cells.append(number(evidence.metric("gate", problem, name, metric), 1))
+        gain = evidence.metric("gate", "gate-b32", name, "eager_gain")
+        cells.append(number(gain, 2) if gain or stage_before(name) else "")
         for metric, regime in (("per_sequence_eager", "-"), ("per_sequence_gpu", "spaced")):
             cells.append(number(evidence.metric("gate", "gate-b32", name, metric, regime), 2))
         rows.append([label(name), *cells])
     return Table(
         ["", "host", "fresh", "eager", "graph", "eager 32", "graph 32", "not GPU %",
-         "per seq. eager", "per seq. GPU"],
+         "gain 32", "per seq. eager", "per seq. GPU"],
         rows,
         "Medians in µs on the gate problem. Host: issuing a call at batch 1, with reused and with"
         " fresh pointers. Latency of one call at batch 1 and 32, eager and in a CUDA graph; the"
-        " part of the eager latency at batch 32 that is not GPU time; time per sequence at batch 1"
+        " part of the eager latency at batch 32 that is not GPU time; gain: eager latency of the"
+        " stage before over that of the stage, at batch 32; time per sequence at batch 1"
         " over that at batch 32 (the plan: 5 to 6)."
         + _closed(evidence, "host/gate.json"),
-        align="l" + "r" * 9,
+        align="l" + "r" * 10,
         labels=1,
     )  # fmt: skip
 
@@ -865,11 +949,13 @@ def predictions(evidence: Evidence) -> Table:
 
 def checks(evidence: Evidence) -> Table:
     """How many problems each subject gets right, and the worst error against its bound."""
+    suites = ["grid", "grid_fp16", "grid256", "gate", "smoke"]
+    suites = [s for s in suites if s != "grid256" or evidence.all_of(s, "correct")]
     rows = []
     for name in _profiled(evidence):
         cells = []
         worst = 0.0
-        for suite in ("grid", "grid_fp16", "gate", "smoke"):
+        for suite in suites:
             found = [evidence.metric(suite, p.id, name, "correct") for p in evidence.suite(suite)]
             known = [v for v in found if v is not None]
             right = sum(v.value == 1 for v in known)
@@ -879,21 +965,22 @@ def checks(evidence: Evidence) -> Table:
                 bound = evidence.metric(suite, problem.id, name, "bound")
                 if error and bound and bound.value:
                     worst = max(worst, error.value / bound.value)
-        counted = [
-            evidence.metric(suite, problem.id, name, "identical_runs")
-            for suite in ("grid", "gate")
-            for problem in evidence.suite(suite)
+        runs = [
+            (value.value, problem)
+            for suite in ("grid", "gate", "variant")  # a problem can be in several
+            for (problem, subject), value in evidence.all_of(suite, "identical_runs").items()
+            if subject == name
         ]
-        runs = [value.value for value in counted if value]
+        identical = len({problem for _, problem in runs})
         cells.append(f"{worst:.2f}" if worst else "–")
-        cells.append(f"{min(runs):.0f} on {len(runs)}" if runs else "–")
+        cells.append(f"{min(runs)[0]:.0f} on {identical}" if runs else "–")
         rows.append([label(name), *cells])
     return Table(
-        ["", "grid", "grid fp16", "gate", "smoke", "worst error / bound", "identical runs"],
+        ["", *(s.replace("_", " ") for s in suites), "worst error / bound", "identical runs"],
         rows,
         "Bound: twice the error of low-precision PyTorch against fp32, plus FA3's rounding term."
         " Identical runs: the fewest in a row that gave the same bits, on so many problems.",
-        align="lrrrrrr",
+        align="l" + "r" * (len(suites) + 2),
         labels=1,
     )
 
@@ -937,6 +1024,7 @@ def left_out(evidence: Evidence) -> Table:
 TABLES: dict[str, Callable[[Evidence], Table]] = {
     "grid": grid,
     "grid_fp16": lambda evidence: grid(evidence, "grid_fp16"),
+    "grid256": lambda evidence: grid(evidence, "grid256"),
     "grid_stages": grid_stages,
     "ladder": ladder,
     "variants": variants,
@@ -1040,9 +1128,20 @@ def headline(evidence: Evidence) -> str:
     lines.append("")
     lines.append("| constraint | found in FA3 | claimed | verdict |")
     lines.append("|---|---|---|---|")
+    groups: list[list[Sequence[str]]] = []
     for row in constraints(evidence).rows:
-        found = "not measured" if row[2] == "–" else row[2]
-        lines.append(f"| {row[0]} | {row[1]}: {found} | {row[3]} | {row[7]} |")
+        groups += [[]] if row[0] else []
+        groups[-1].append(row)
+    for group in groups:
+        name, witness, *_, claimed = group[0][:5]
+        measured = [row for row in group if row[3] != "–"]
+        words = [
+            f"{row[3]} in {row[2]}" + (f" ({NOT_JUDGED})" if row[-1] == NOT_JUDGED else "")
+            for row in measured
+        ]
+        found = "; ".join(words) or "not measured"
+        verdict = _overall(evidence, name)
+        lines.append(f"| {name} | {witness}: {found} | {claimed} | {verdict} |")
     lines += ["", *_open_criteria(evidence), "", f"*{evidence.stamp}*"]
     return "\n".join(lines)
 
@@ -1084,7 +1183,7 @@ def model_command(
     """Write the model's times of every timed problem at the top stage's clock."""
     evidence = load(results, problems, constraints)
     rows = []
-    for suite in ("grid", "grid_fp16", "gate"):
+    for suite in ("grid", "grid_fp16", "grid256", "gate"):
         found = [(p, evidence.roofline(suite, p, evidence.top)) for p in evidence.suite(suite)]
         known = [(p, roofline) for p, roofline in found if roofline is not None]
         rows += [{"suite": suite, **row} for row in model.rows(known)]

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import synthetic
 
-from attn_profiling import record
+from attn_profiling import metrics, record
 from paper import figures, numbers, tables
 from paper.evidence import Value, load
 
@@ -59,10 +59,76 @@ def test_where_counter_and_ablation_disagree_the_paper_says_so():
     evidence = load(results, synthetic.PROBLEMS, synthetic.CONSTRAINTS)
     found = numbers.numbers(evidence)
     assert "disagree: the counter says refuted" in found[r"\AgreementSync"]
-    assert found[r"\AgreementLaunch"].startswith("Counter and ablation agree: both say refuted")
+    assert found[r"\AgreementLaunch"] == (
+        "The ablation does not say one thing: refuted by eager latency (gate); supported by GPU"
+        " time (gate)."
+    )
+    gains = [
+        row
+        for h, _, row in tables.judged(evidence)
+        if (h.constraint, h.role) == ("launch", "ablation")
+    ]
+    for row in gains:
+        row["verdict"] = "REFUTED"
+    assert numbers.agreement(evidence, "launch").startswith(
+        "Counter and ablation agree: both say refuted"
+    )
     for row in evidence.verdicts:
         row["verdict"] = "INCONCLUSIVE"
     assert "cannot be set against each other" in numbers.agreement(evidence, "sync")
+
+
+def test_a_verdict_that_differs_between_suites_names_them(evidence, monkeypatch):
+    assert numbers.numbers(evidence)[r"\VerdictBranching"] == "refuted"
+    parts = "PARTLY: REFUTED in grid/causal, INCONCLUSIVE in gate"
+    rows = [dict(row) for row in evidence.verdicts]
+    for row in rows:
+        if (row["constraint"], row["suite"]) == ("branching", "(all)"):
+            row["verdict"] = parts
+    monkeypatch.setattr(evidence, "verdicts", rows)
+    found = numbers.numbers(evidence)[r"\VerdictBranching"]
+    assert found == "refuted in grid/causal, inconclusive in gate"
+
+
+def test_counters_are_medians_over_the_grid_or_over_what_was_profiled(evidence, monkeypatch):
+    def put(values):
+        for problem, value in values.items():
+            for suite in evidence.problems[problem].suites:
+                key = (suite, problem, "fa3", "tensor_pipe", "-")
+                if key in kept:
+                    kept[key] = {"value": value}
+
+    kept = dict(evidence._metrics)
+    monkeypatch.setattr(evidence, "_metrics", kept)
+    grid = [p.id for p in evidence.suite("grid")]
+    put({name: float(n) for n, name in enumerate(grid)})
+    found = numbers.numbers(evidence)
+    assert found[r"\FaThreeTensorPipe"] == "11.5"  # between the two in the middle
+    assert found[r"\CounterProblems"] == "the 24 problems of the grid"
+    assert "all 24 problems of the grid and all 7 of the gate" in found[r"\CounterSentence"]
+
+    for key in [k for k in kept if k[0] in ("grid", "gate") and k[3] in metrics.BY_ID]:
+        del kept[key]
+    profiled = [p.id for p in evidence.suite("profile")]
+    put({name: 100.0 + n for n, name in enumerate(profiled)})
+    monkeypatch.setattr(
+        evidence, "_counted", {(s, p) for s, p, _, m, _ in kept if m in metrics.BY_ID}
+    )
+    found = numbers.numbers(evidence)
+    assert found[r"\FaThreeTensorPipe"] == "104.0"
+    assert found[r"\CounterProblems"] == "the 9 problems of the suite profile"
+    assert "suite profile for the grid and the gate" in found[r"\CounterSentence"]
+
+
+def test_the_gain_of_the_launch_is_a_latency_against_the_stage_before(evidence, monkeypatch):
+    found = numbers.numbers(evidence)
+    assert (
+        found[r"\StageThreeEagerGain"].startswith("1.2") and "[" in found[r"\StageThreeEagerGain"]
+    )
+    assert (found[r"\ClaimLaunchGain"], found[r"\ClaimLaunchGainGpu"]) == ("1.67", "1.10")
+    kept = {key: value for key, value in evidence._metrics.items() if key[3] != "eager_gain"}
+    monkeypatch.setattr(evidence, "_metrics", kept)
+    assert numbers.numbers(evidence)[r"\StageThreeEagerGain"] == numbers.MISSING
 
 
 def test_names_of_macros():

@@ -1,22 +1,32 @@
 """Tables, figures, report, notebook and the README's headline table, from a synthetic run."""
 
+import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from functools import cache
 
+import matplotlib.pyplot as plt
 import pytest
 import synthetic
 from typer.testing import CliRunner
 
-from attn_profiling import environment, record
-from paper import figures, notebook, report, tables
+from attn_profiling import environment, metrics, record, verdict
+from paper import figures, notebook, numbers, report, tables
 from paper.evidence import Value, interval, load, number
 
 RUNNER = CliRunner()
 RESULTS = [
     "--problems", str(synthetic.PROBLEMS), "--constraints", str(synthetic.CONSTRAINTS),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """Figures that a test leaves open are closed after it."""
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +55,66 @@ def stale(tmp_path_factory):
         patch.setattr(record, "stale", lambda data, subject: "its kernel changed")
         synthetic.derive(synthetic.shared() / "measurements" / "h100-sxm-80gb", folder / "results")
     return load(folder / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+
+
+def without(folder, drop):
+    """What is derived from the complete run, less the rows of its tables that `drop` names."""
+    shutil.copytree(synthetic.shared() / "results", folder, dirs_exist_ok=True)
+    for name in ("metrics", "speedups"):
+        with (folder / f"{name}.csv").open(newline="") as handle:
+            rows = list(csv.DictReader(handle))
+        with (folder / f"{name}.csv").open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row for row in rows if not drop(row))
+    files = [folder / name for name in ("metrics.csv", "speedups.csv", "provenance.json")]
+    judged = verdict.verdicts(*files, synthetic.CONSTRAINTS)
+    record.write_text(folder / "verdicts.csv", judged)
+    return load(folder, synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+
+
+def is_counter(row):
+    """Whether a row of metrics.csv is a counter of the grid or the gate."""
+    return row["suite"] in ("grid", "gate") and row.get("metric") in metrics.BY_ID
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory):
+    """A run that was profiled on `profile` and the controls only."""
+    return without(tmp_path_factory.mktemp("older"), is_counter)
+
+
+@pytest.fixture(scope="module")
+def no_fa4(tmp_path_factory):
+    """A run of a machine that FA4 was not installed on."""
+    return without(
+        tmp_path_factory.mktemp("no_fa4"), lambda row: "fa4" in (row["subject"], row.get("peer"))
+    )
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A run of the suite of headdim 256, on which two peers and two stages run."""
+    folder = tmp_path_factory.mktemp("wide")
+    problems = folder / "problems.tsv"
+    text = synthetic.PROBLEMS.read_text()
+    if "\tgrid256" not in text:
+        for causal in (0, 1):
+            for seqlen in figures.SEQLENS:
+                name = f"grid256-{'causal' if causal else 'full'}-s{seqlen}"
+                cells = (name, "grid256", "bf16", 16384 // seqlen, seqlen, seqlen, 8, 8, 256)
+                text += "\t".join(map(str, (*cells, causal, 0))) + "\n"
+    problems.write_text(text)
+    runs = lambda problem, suite: ["stage1", "stage5", "cudnn", "fa3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "PROBLEMS", problems)
+        patch.setattr(synthetic, "names", runs)
+        maker = synthetic.Maker(folder / "raw")
+        maker.device()
+        maker.check("grid256")
+        maker.timing("grid256", "spaced")
+        synthetic.derive(folder / "raw", folder / "results")
+    return load(folder / "results", problems, synthetic.CONSTRAINTS)
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
@@ -168,6 +238,71 @@ def test_the_grid_has_every_problem_and_marks_the_inconclusive_one(evidence):
     assert [row[:3] for row in marked] == [["64", "causal", "16384†"]]
 
 
+def test_headdim_256_has_a_table_of_who_ran_there(wide, empty):
+    table = tables.TABLES["grid256"](wide)
+    assert list(table.header) == [
+        "d", "mask", "seqlen", "FA3", "cuDNN", "stage 5", "over FA3", "over cuDNN",
+    ]  # fmt: skip
+    assert len(table.rows) == 12 + 3 and {row[0] for row in table.rows[:12]} == {"256"}
+    assert table.rows[12][1] == "median" and table.rows[12][6].startswith("1.16 [")
+    assert tables.TABLES["checks"](wide).header[3] == "grid256"
+    found = numbers.numbers(wide)
+    assert (found[r"\WideMeasured"], found[r"\WideProblems"]) == ("1", "12")
+    assert tables.TABLES["grid256"](empty).is_empty
+    assert "grid256" not in tables.TABLES["checks"](empty).header
+    found = numbers.numbers(empty)
+    assert (found[r"\WideMeasured"], found[r"\WideProblems"]) == ("0", "0")
+    assert found[r"\TopOverFaThreeWideMedian"] == numbers.MISSING
+
+
+def test_fp16_stands_beside_bf16(evidence, empty, tmp_path):
+    table = tables.TABLES["grid_fp16"](evidence)
+    assert table.header[-1] == "time / bf16"
+    ratios = [float(row[-1]) for row in table.rows[:24] if row[-1] != "–"]
+    assert len(ratios) == 23  # the bf16 problem whose A/A pair was off has none
+    rows = {row[1]: row[-1] for row in table.rows[24:]}
+    assert rows["most"] == f"{max(ratios):.3f}" and rows["median"] == "1.000"
+
+    with_rise = without(tmp_path, lambda row: False)
+    key = ("grid_fp16", "fp16-d64-full-s512", "stage5", "over_bf16", "spaced")
+    with_rise._metrics[key]["value"] = 1.05
+    assert tables.TABLES["grid_fp16"](with_rise).rows[-1][-1] == "1.050"
+    assert numbers.numbers(with_rise)[r"\HalfOverBfMost"] == "1.050"
+    last = [row[-1] for row in tables.TABLES["grid_fp16"](empty).rows]
+    assert set(last) == {"–", ""}
+    assert numbers.numbers(empty)[r"\HalfBesideBfMeasured"] == "0"
+
+
+def test_fa4_is_a_peer_where_it_was_measured(evidence, no_fa4, tmp_path):
+    def labels(draw, of):
+        return {line.get_label() for axes in draw(of).axes for line in axes.lines}
+
+    for draw in (figures.grid, figures.ratio):
+        assert "FA4" in labels(draw, evidence)
+        assert "FA4" not in labels(draw, no_fa4) and "cuDNN" in labels(draw, no_fa4)
+    assert {"FA4", "over FA4"} <= set(tables.grid(evidence).header)
+    assert not {"FA4", "over FA4"} & set(tables.grid(no_fa4).header)
+    assert numbers.numbers(evidence)[r"\FaFourMeasured"] == "1"
+    assert numbers.numbers(no_fa4)[r"\FaFourMeasured"] == "0"
+    for build in tables.TABLES.values():
+        tables.latex(build(no_fa4), no_fa4.stamp)
+    assert "FA4" not in tables.headline(no_fa4)
+
+
+def test_each_constraint_has_a_row_for_each_suite_that_it_is_judged_in(evidence, older):
+    rows = tables.constraints(evidence).rows
+    branching = [row for row in rows if rows.index(row) < 3]
+    assert [row[0] for row in branching] == ["branching", "", ""]
+    assert [row[2] for row in branching] == ["grid/causal", "grid/full", "gate"]
+    assert all(row[3] != "–" for row in rows)
+    assert tables.NOT_JUDGED not in {row[-1] for row in rows}
+
+    rows = tables.constraints(older).rows
+    stand_ins = [row for row in rows if row[2] == "profile"]
+    assert len(stand_ins) == 3 and {row[-1] for row in stand_ins} == {tables.NOT_JUDGED}
+    assert all("[" in row[3] for row in stand_ins)
+
+
 def test_the_ladder_says_whether_gates_are_met(evidence):
     rows = {row[0]: row for row in tables.ladder(evidence).rows}
     assert rows["stage 2"][4:6] == ["0.58", "yes"]
@@ -201,6 +336,80 @@ def test_figures_are_the_same_bytes_twice(evidence, tmp_path, name):
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_figures_of_what_was_not_measured(empty, tmp_path, name):
     figures.save(figures.FIGURES[name](empty), tmp_path / "figure.pdf")
+
+
+WITNESSES = {
+    "branching": "inactive_threads",
+    "sync": "samples_cta_barrier",
+    "memory": "stall_memory",
+}
+
+
+def claims(axes):
+    """The heights at which something claimed is drawn."""
+    return [line.get_ydata()[0] for line in axes.lines if line.get_label() == figures.CLAIM]
+
+
+def curves(axes):
+    """The lines of a panel that show a subject."""
+    return [line for line in axes.lines if line.get_label() != figures.CLAIM]
+
+
+@pytest.mark.parametrize("name", WITNESSES)
+def test_a_witness_is_drawn_over_the_grid_and_the_gate_beside_what_is_claimed(
+    evidence, name, monkeypatch
+):
+    def hypothesis(h):
+        return h.constraint == name and h.witness.get("metric") == WITNESSES[name]
+
+    known = evidence.constraints.hypotheses
+    threshold = next(h.threshold for h in known if hypothesis(h))
+    figure = figures.FIGURES[name](evidence)
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert legend == {"FA3", "cuDNN", figures.CLAIM, *(f"stage {n}" for n in range(1, 6))}
+    *grid, gate = figure.axes[:5]
+    for axes, ticks, count in (*((a, figures.SEQLENS, 6) for a in grid), (gate, [1, 2, 64], 7)):
+        assert claims(axes) == [threshold]
+        assert {line.get_label() for line in curves(axes)} == legend - {figures.CLAIM}
+        assert all(len(line.get_xdata()) == count for line in curves(axes))
+        assert axes.get_xscale() == "log" and axes.xaxis.get_transform().base == 2
+        assert set(ticks) <= set(axes.get_xticks())
+    colors = {line.get_color() for line in curves(gate)}
+    markers = {line.get_marker() for line in curves(gate)}
+    assert len(colors) == len(markers) == 7
+
+    in_gate = [replace(h, suites=("gate",)) if hypothesis(h) else h for h in known]
+    monkeypatch.setattr(
+        evidence, "constraints", replace(evidence.constraints, hypotheses=tuple(in_gate))
+    )
+    *grid, gate = figures.FIGURES[name](evidence).axes[:5]
+    assert claims(gate) == [threshold] and not any(claims(axes) for axes in grid)
+
+
+@pytest.mark.parametrize("name", WITNESSES)
+def test_a_run_without_counters_of_the_grid_shows_those_of_the_suite_profile(
+    evidence, older, empty, name
+):
+    for found, style, counts in ((evidence, "-", [6, 6, 6, 6, 7]), (older, "None", [2] * 4 + [1])):
+        panels = figures.FIGURES[name](found).axes[:5]
+        fa3 = [next(line for line in curves(a) if line.get_label() == "FA3") for a in panels]
+        assert [len(line.get_xdata()) for line in fa3] == counts
+        assert {line.get_linestyle() for line in fa3} == {style}
+    assert "profile" not in figures.note(evidence, name)
+    assert "8 of the 24 problems of the grid and 1 of the 7" in figures.note(older, name)
+    assert "has only those of the suite profile for the grid and the gate" in figures.note(
+        older, name
+    )
+    assert figures.note(empty, name) == "No counters were read in this run."
+    assert figures.note(older, "grid") == ""
+
+
+def test_the_gain_of_a_stage_is_drawn_against_batch(evidence):
+    above = figures.launch(evidence).subfigs[0].axes
+    assert [claims(axes) for axes in above] == [[40], [40], [1.67], []]
+    assert {line.get_label() for line in curves(above[2])} == {f"stage {n}" for n in (2, 3, 4, 5)}
+    below = figures.launch(evidence).subfigs[1].axes
+    assert [claims(axes) for axes in below] == [[9]] * 5
 
 
 def test_the_report_is_self_contained(evidence, monkeypatch):
