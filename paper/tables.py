@@ -762,7 +762,7 @@ def _closed(evidence: Evidence, file: str) -> str:
     if closed is None:
         return ""
     return (
-        " The measurement was interrupted for good; the record was made from its results by commit"
+        f" {file} was interrupted for good; the record was made from what is whole by commit"
         f" {closed['commit'][:12]}, with the machine and packages of {closed['provenance_of']}."
     )
 

@@ -10,9 +10,10 @@ import pytest
 import synthetic
 from fake_gpu import SMALL, fake_gpu
 
-from attn_profiling import device, ncu, ncu_rep, record
+from attn_profiling import device, ncu, ncu_rep, record, settings
 from attn_profiling.metrics import Kernel, ncu_metrics
 from attn_profiling.ncu import Ask, NcuError
+from attn_profiling.session import Session
 
 SUBJECTS = ["fa3", "stage1"]
 
@@ -293,8 +294,6 @@ def test_names_that_break_the_filter_are_refused(name):
 
 @pytest.fixture
 def suite(fake, monkeypatch, tmp_path):
-    from attn_profiling import settings
-    from attn_profiling.session import Session
 
     problems = synthetic.read_problems(synthetic.PROBLEMS)
     smoke = [p for p in problems.values() if "smoke" in p.suites]
@@ -360,6 +359,59 @@ def test_an_interrupted_suite_keeps_its_reports(suite, monkeypatch):
     data, calls = suite()
     assert [p.id for p in suite.smoke] == before + [name for chunk in calls for name in chunk]
     assert [entry["problem"]["id"] for entry in data["reports"]] == [p.id for p in suite.smoke]
+
+
+@pytest.fixture
+def stopped(suite, monkeypatch):
+    """ncu was stopped when FA3's kernel of each problem was whole and stage 1's was not there."""
+    chosen = settings.load(suite.folder / "config.json", suite.folder)
+    session = Session(chosen, SUBJECTS, fake_gpu())
+    timing = {**session.header("timing", "smoke"), "regime": "spaced", "problems": []}
+    record.write(suite.folder / "timing" / "smoke.spaced.json", timing, "timing")
+    monkeypatch.setattr(
+        ncu, "gate", lambda run, asked, names: {p.id: dict.fromkeys(SUBJECTS) for p in asked}
+    )
+    folder = suite.folder / "ncu" / "smoke"
+    folder.mkdir(parents=True)
+    for problem in suite.smoke:
+        (folder / f".{problem.id}.77.ncu-rep").write_text(problem.id)
+
+    def ranges(data, name):
+        return [("attention", (f"{data.decode()}.fa3",))]
+
+    monkeypatch.setattr(ncu, "kernel_ranges", ranges)
+    suite.close = lambda: ncu.close(chosen, "smoke", None, suite.folder / "ncu" / "smoke.json")
+    return suite
+
+
+def test_a_suite_that_ncu_was_stopped_in_is_closed_with_the_subjects_that_are_whole(stopped):
+    data = stopped.close()
+    assert record.read(stopped.folder / "ncu" / "smoke.json", "ncu") == data
+    for entry in data["reports"]:
+        assert (stopped.folder / entry["file"]).is_file()
+        assert entry["subjects"] == {"fa3": 1}
+        assert entry["left_out"] == {"stage1": "interrupted before it was profiled"}
+    assert data["provenance"]["closed"]["provenance_of"] == "timing/smoke.spaced.json"
+
+
+@pytest.mark.parametrize("kernels", [0, 3])
+def test_a_subject_whose_kernels_are_not_all_there_is_not_recorded(stopped, monkeypatch, kernels):
+    monkeypatch.setattr(
+        ncu, "timed_kernels", lambda run, suite: {p.id: {"fa3": 2} for p in stopped.smoke}
+    )
+    monkeypatch.setattr(
+        ncu, "kernel_ranges",
+        lambda data, name: [("attention", (f"{data.decode()}.fa3",))] * kernels,
+    )  # fmt: skip
+    with pytest.raises(NcuError, match="of 3 problems 0 are in reports"):
+        stopped.close()
+    assert not (stopped.folder / "ncu" / "smoke.json").exists()
+
+
+def test_a_report_of_other_kernels_is_not_closed(stopped, monkeypatch):
+    monkeypatch.setattr(ncu, "kernel_hash", lambda name: "changed")
+    with pytest.raises(NcuError, match="fa3 is not the kernel that was timed in this run"):
+        stopped.close()
 
 
 def test_a_failed_problem_is_told_when_the_others_are_done(suite, monkeypatch):

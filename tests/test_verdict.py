@@ -250,8 +250,8 @@ def test_what_removing_a_constraint_gains_needs_the_control_unless_two_times_are
     rows += [{**pair, "value": "1"}]
     dosed = {f"control_launch.{dose}": value for dose, value in control.items()}
     for subject, value in {**dosed, "control_sync.0": 0.3, "control_memory.0": 0.1}.items():
-        rows.append({"suite": "control", "regime": "-", "problem": "c", "subject": subject,
-                     "metric": "launch_share", "statistic": "value", "value": str(value)})  # fmt: skip
+        of = {"suite": "control", "regime": "-", "problem": "c", "subject": subject}
+        rows.append({**of, "metric": "launch_share", "statistic": "value", "value": str(value)})
     assert by_hypothesis("launch-gain", "gate", rows) == said
 
 

@@ -42,7 +42,8 @@ from attn_profiling.settings import Settings
 from attn_profiling.workers import Reporter, Worker, WorkerDied
 
 FULL_HEADS = 32  # (batch, head) pairs up to which all are compared with the fp32 reference
-SAMPLED_HEADS = 6
+SAMPLED_HEADS, LONG_SAMPLED_HEADS = 6, 3  # of those, up to LONG queries and beyond
+LONG = 4096
 ELSEWHERE = 3.0  # how many bounds another head may be away from SDPA, which errs itself
 REPEATED = "variant"  # the suite, a few problems of every kind, on which runs are compared
 REPEATS = 1000
@@ -68,7 +69,8 @@ def sampled_heads(problem: Problem, seed: int) -> list[tuple[int, int]] | None:
     sdpa_can = not problem.causal or problem.seqlen_q == problem.seqlen_k
     if pairs <= FULL_HEADS or not sdpa_can:
         return None
-    chosen = random.Random(seed).sample(range(1, pairs - 1), SAMPLED_HEADS - 2)
+    count = SAMPLED_HEADS if problem.seqlen_q <= LONG else LONG_SAMPLED_HEADS
+    chosen = random.Random(seed).sample(range(1, pairs - 1), count - 2)
     return [divmod(i, problem.nheads) for i in sorted({0, pairs - 1, *chosen})]
 
 

@@ -25,6 +25,9 @@ ConfigOption = Annotated[
 RunOption = Annotated[Path, typer.Option("--run", help="Folder of the run: runs/<id>.")]
 SuiteOption = Annotated[str, typer.Option("--suite", help="Set of problems.")]
 OutOption = Annotated[Path, typer.Option("--out", help="File to write.")]
+CloseOption = Annotated[
+    bool, typer.Option("--close", help="Measure nothing: record what is whole of a broken-off run.")
+]
 
 
 def _fail(error: BaseException) -> NoReturn:
@@ -140,10 +143,7 @@ def host_command(
     run: RunOption,
     suite: SuiteOption,
     out: OutOption,
-    close: Annotated[
-        bool,
-        typer.Option("--close", help="Measure nothing: record the problems that are whole."),
-    ] = False,
+    close: CloseOption = False,
 ) -> None:
     """Measure what a call costs the host, and its latency eager and in a CUDA graph."""
     from attn_profiling import host, settings
@@ -163,11 +163,13 @@ def profile_command(
         str | None,
         typer.Option(help="full or listed; by default full for the suite profile."),
     ] = None,
+    close: CloseOption = False,
 ) -> None:
     """Read hardware counters of a suite with Nsight Compute."""
     from attn_profiling import ncu, settings
 
-    ncu.run(settings.load(config, run), suite, sections, out)
+    make = ncu.close if close else ncu.run
+    make(settings.load(config, run), suite, sections, out)
 
 
 @app.command("serving")

@@ -17,13 +17,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from attn_ladder.problem import Problem
 from attn_ladder.stage import kernel_hash
-from attn_profiling import device
 from attn_profiling.check import explain, gate, poisons_process
 from attn_profiling.guard import Guard
 from attn_profiling.inputs import Rotation, bound
@@ -33,13 +31,11 @@ from attn_profiling.partial import Partial
 from attn_profiling.record import (
     Record,
     content_key,
-    header,
     problem_fields,
     problem_of,
-    read,
     write,
 )
-from attn_profiling.session import Session
+from attn_profiling.session import Session, closed_header, timed_beside
 from attn_profiling.settings import Measuring, Settings
 from attn_profiling.timing import Choices, known_choices, with_twin
 from attn_profiling.workers import Reporter, Worker, WorkerDied
@@ -203,6 +199,8 @@ def work(subjects: list[str]) -> None:
                 call = bound(entry_of(modules[original]), rotation, problem.causal, config)
                 session = getattr(modules[original], "session", nullcontext)
                 costs[name] = HostCost(machine, call, count, session)
+            gc.collect()
+            gc.freeze()  # what the first calls imported and compiled
             rounds = [
                 (name, *portion)
                 for i in range(PORTIONS)
@@ -345,14 +343,12 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
 def close(settings: Settings, suite: str, out: Path) -> Record:
     """Write the record of a suite that was interrupted for good, without a GPU.
 
-    A problem that not every process measured is left out, with the reason. Commit, packages and GPU
-    are those of the spaced timing of the same suite and run, which `provenance.closed` says; the
-    GPU's state before and after is not known.
-    Raises `MeasureError` if kernels or configuration are no longer those of the run, or no problem
-    is whole.
+    A problem that not every process measured is left out, with the reason; of the rest see
+    `closed_header`. Raises `MeasureError` if kernels or configuration are no longer those of the
+    run, or no problem is whole.
     """
-    sibling_name = f"timing/{suite}.spaced.json"
-    sibling = read(settings.run_dir / sibling_name, "timing")
+    beside = timed_beside(settings.run_dir, suite)
+    sibling = beside[1]
     names = settings.subjects_of(suite, "host")
     missing = [name for name in names if name not in sibling["subjects"]]
     if missing:
@@ -376,25 +372,8 @@ def close(settings: Settings, suite: str, out: Path) -> Record:
             f"{suite}: no problem was measured by every process with the kernels that are here;"
             " go on measuring with the same run, or check out its commit"
         )
-    times = [path.stat().st_mtime for path in planned.store.files()]
-    unknown = dict.fromkeys(sibling["provenance"]["before"])
-    provenance = {
-        **sibling["provenance"],
-        "before": unknown,
-        "after": unknown,
-        "closed": {"commit": device.commit(Path.cwd())[0], "provenance_of": sibling_name},
-        "started": datetime.fromtimestamp(min(times), UTC).isoformat(timespec="seconds"),
-        "seconds": round(max(times) - min(times), 1),
-    }
     data = {
-        **header(
-            "host",
-            run=settings.run,
-            suite=suite,
-            content=sibling["content"],
-            provenance=provenance,
-            subjects={name: sibling["subjects"][name] for name in names},
-        ),
+        **closed_header("host", beside, names, planned.store.files()),
         "problems": rows,
     }
     write(out, data, "host")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from attn_ladder.problem import Problem
+from attn_ladder.stage import kernel_hash
 from attn_profiling.check import explain as explain_exception
 from attn_profiling.check import gate, poisons_process
 from attn_profiling.device import find_ncu, ncu_version
@@ -37,7 +38,7 @@ from attn_profiling.record import (
     write,
     write_text,
 )
-from attn_profiling.session import Session
+from attn_profiling.session import Session, closed_header, timed_beside
 from attn_profiling.settings import Settings
 from attn_profiling.timing import known_choices, spaced_rows
 
@@ -466,6 +467,65 @@ def run(settings: Settings, suite: str, sections: str | None, out: Path) -> Reco
     for path in folder.glob("*.ncu-rep"):
         if path.name not in named:
             path.unlink()
+    return data
+
+
+def close(settings: Settings, suite: str, sections: str | None, out: Path) -> Record:
+    """Write the index of a suite that was interrupted for good, without a GPU.
+
+    ncu, when it is stopped, writes what it has: subjects whose kernels are all there are recorded,
+    the others are left out, with the reason; `provenance.closed` says so (see `closed_header`).
+    Raises `NcuError` where nothing is whole, or kernels are no longer those of the run.
+    """
+    beside = timed_beside(settings.run_dir, suite)
+    names = settings.subjects_of(suite, "profile")
+    for name in names:
+        entry = beside[1]["subjects"].get(name)
+        if entry is None or entry["kernel_hash"] != kernel_hash(name):
+            raise NcuError(f"{suite}: {name} is not the kernel that was timed in this run; measure")
+    problems = settings.profiled(suite)
+    allowed = gate(settings.run_dir, problems, names)
+    timed = timed_kernels(settings.run_dir, suite)
+    folder = out.parent / suite
+    entries, files = [], []
+    for problem in problems:
+        runnable = [name for name, why in allowed[problem.id].items() if why is None]
+        ask = Ask(problem, runnable, {}, timed.get(problem.id, {}))
+        for path in sorted(folder.glob(f".{problem.id}.*.ncu-rep")):
+            data = path.read_bytes()
+            found = Counter(r for _, ranges in kernel_ranges(data, str(path)) for r in ranges)
+            counts = {
+                subject: found[name]
+                for name, subject in ask.ranges.items()
+                if found[name] == ask.expected.get(subject, found[name]) != 0
+            }
+            if not counts:
+                continue
+            missing = [name for name in runnable if name not in counts]
+            cut = dict.fromkeys(missing, "interrupted before it was profiled")
+            reasons = {n: why for n, why in allowed[problem.id].items() if why is not None}
+            files.append(path)
+            entries.append(
+                {
+                    "problem": problem_fields(problem),
+                    "file": f"ncu/{suite}/{problem.id}.ncu-rep",
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                    "sections": sections or ("full" if suite in FULL else "listed"),
+                    "subjects": counts,
+                    "chosen": dict.fromkeys(counts),
+                    "left_out": {**reasons, **cut},
+                }
+            )
+            break
+    if len(entries) < len(problems):
+        raise NcuError(
+            f"{suite}: of {len(problems)} problems {len(entries)} are in reports of an interrupted"
+            f" ncu in {folder}; profile the others with the same run"
+        )
+    data = {**closed_header("ncu", beside, names, files), "reports": entries}
+    for path, entry in zip(files, entries, strict=True):
+        os.replace(path, out.parent.parent / entry["file"])
+    write(out, data, "ncu")
     return data
 
 

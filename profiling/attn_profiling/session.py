@@ -10,8 +10,45 @@ from pathlib import Path
 from typing import Any
 
 from attn_profiling import device
-from attn_profiling.record import Record, constraints_sha256, header, predictions_sha256
+from attn_profiling.record import Record, constraints_sha256, header, predictions_sha256, read
 from attn_profiling.settings import INPUT_DISTRIBUTION, Settings
+
+
+def timed_beside(run_dir: Path, suite: str) -> tuple[str, Record]:
+    """(name, record) of the spaced timings of a suite, which stand for the machine of a suite that
+    was interrupted for good. Raises `RecordError` if there are none."""
+    name = f"timing/{suite}.spaced.json"
+    return name, read(run_dir / name, "timing")
+
+
+def closed_header(
+    kind: str, beside: tuple[str, Record], names: Iterable[str], files: Iterable[Path]
+) -> Record:
+    """The header of a record of `names` that is made without a GPU from `files` of an interrupted
+    measurement.
+
+    Commit, packages and GPU are those of the record `beside`, which `provenance.closed` says; the
+    GPU's state before and after is not known, and times are those of the files.
+    """
+    name, known = beside
+    times = [path.stat().st_mtime for path in files]
+    unknown = dict.fromkeys(known["provenance"]["before"])
+    provenance = {
+        **known["provenance"],
+        "before": unknown,
+        "after": unknown,
+        "closed": {"commit": device.commit(Path.cwd())[0], "provenance_of": name},
+        "started": datetime.fromtimestamp(min(times), UTC).isoformat(timespec="seconds"),
+        "seconds": round(max(times) - min(times), 1),
+    }
+    return header(
+        kind,
+        run=known["run"],
+        suite=known["suite"],
+        content=known["content"],
+        provenance=provenance,
+        subjects={n: known["subjects"][n] for n in names},
+    )
 
 
 class Session:
