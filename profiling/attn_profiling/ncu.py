@@ -487,13 +487,14 @@ def close(settings: Settings, suite: str, sections: str | None, out: Path) -> Re
     allowed = gate(settings.run_dir, problems, names)
     timed = timed_kernels(settings.run_dir, suite)
     folder = out.parent / suite
-    entries, files = [], []
+    entries: list[dict[str, Any]] = []
+    files: list[Path] = []
     for problem in problems:
         runnable = [name for name, why in allowed[problem.id].items() if why is None]
         ask = Ask(problem, runnable, {}, timed.get(problem.id, {}))
         for path in sorted(folder.glob(f".{problem.id}.*.ncu-rep")):
-            data = path.read_bytes()
-            found = Counter(r for _, ranges in kernel_ranges(data, str(path)) for r in ranges)
+            content = path.read_bytes()
+            found = Counter(r for _, ranges in kernel_ranges(content, str(path)) for r in ranges)
             counts = {
                 subject: found[name]
                 for name, subject in ask.ranges.items()
@@ -509,7 +510,7 @@ def close(settings: Settings, suite: str, sections: str | None, out: Path) -> Re
                 {
                     "problem": problem_fields(problem),
                     "file": f"ncu/{suite}/{problem.id}.ncu-rep",
-                    "sha256": hashlib.sha256(data).hexdigest(),
+                    "sha256": hashlib.sha256(content).hexdigest(),
                     "sections": sections or ("full" if suite in FULL else "listed"),
                     "subjects": counts,
                     "chosen": dict.fromkeys(counts),

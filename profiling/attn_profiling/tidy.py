@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -57,6 +59,8 @@ MEDIAN, MINIMUM, SHORTEST = "(median)", "(min)", "(min, seqlen <= 1024)"
 BEST = "best"
 """Stands in the column `peer` for the fastest peer of each problem."""
 REFERENCE_PEER = "fa3"
+READERS = min(2, os.cpu_count() or 1)
+"""Reports that are read side by side; each takes about 2 GB."""
 HOST_TOLERANCE = 0.1
 """How far from 1 the host's A/A pair may be: host times repeat less well than GPU times."""
 HOST_PAIRS = {
@@ -677,7 +681,10 @@ class Tidier:
     def over_bf16(self) -> None:
         """GPU time in fp16 over that of the same problem in bf16, where both agreed with their A/A
         pair."""
-        shape = lambda problem: replace(problem, id="any", suites=("any",), dtype="bf16")
+
+        def shape(problem: Problem) -> Problem:
+            return replace(problem, id="any", suites=("any",), dtype="bf16")
+
         in_bf16 = {
             (shape(problem), subject, regime): gpu
             for (suite, _, subject, regime), (problem, gpu) in self.gpu_us.items()
@@ -719,15 +726,26 @@ class Tidier:
         is profiled once."""
         counters = metrics.ncu_metrics()
         profiled = {data["suite"] for _, data in self.run.profiles}
-        for path, data in self.run.profiles:
-            version = data["content"]["ncu"]
-            opened: dict[str, list[metrics.Kernel]] = {}  # problems can share a report
-            for report, problem in self.entries(path, data, "reports"):
+        entries = [
+            (path, data, *entry)
+            for path, data in self.run.profiles
+            for entry in self.entries(path, data, "reports")
+        ]
+
+        def read(report: Mapping[str, Any]) -> list[metrics.Kernel]:
+            file = self.run.raw / report["file"]
+            content = ncu_rep.check_sha256(file, report["sha256"])
+            return self.open_report(content, str(file), counters)
+
+        with ThreadPoolExecutor(READERS) as readers:
+            reading: dict[str, Future[list[metrics.Kernel]]] = {}  # problems can share a report
+            for _, _, report, _ in entries:
+                if report["sha256"] not in reading:
+                    reading[report["sha256"]] = readers.submit(read, report)
+            for path, data, report, problem in entries:
+                version = data["content"]["ncu"]
                 file = self.run.raw / report["file"]
-                if report["sha256"] not in opened:
-                    content = ncu_rep.check_sha256(file, report["sha256"])
-                    opened = {report["sha256"]: self.open_report(content, str(file), counters)}
-                kernels = opened[report["sha256"]]
+                kernels = reading[report["sha256"]].result()
                 for subject, expected in report["subjects"].items():
                     if self.is_stale(path, data, subject):
                         continue
