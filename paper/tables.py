@@ -546,7 +546,7 @@ def _not_judged(evidence: Evidence, primary: Hypothesis) -> Mapping[str, str] | 
 
 COUNTER_NOTE = (
     "Intervals of counters are over problems and symmetric: the bootstrapped spread of the median"
-    " times Student's t, so the lower end of a share can lie below 0."
+    " times Student's t, cut at 0."
 )
 
 

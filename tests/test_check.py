@@ -133,6 +133,8 @@ def test_a_sample_of_heads_holds_the_first_and_the_last():
     heads = sampled_heads(problem, 0)
     assert heads[0] == (0, 0) and heads[-1] == (7, 15) and len(heads) == check.SAMPLED_HEADS
     assert sampled_heads(problem, 1) != heads
+    long = replace(problem, seqlen_q=2 * check.LONG, seqlen_k=2 * check.LONG)
+    assert len(sampled_heads(long, 0)) == check.LONG_SAMPLED_HEADS
     assert sampled_heads(LARGE, 0) is None
     ragged = replace(problem, causal=True, seqlen_q=4095)
     assert sampled_heads(ragged, 0) is None  # SDPA could not cover the other heads

@@ -574,3 +574,37 @@ def test_the_worker_stops_when_cuda_is_unusable(worker):
     events, lines, (began, failed) = worker(*THREE)
     assert [line for line in lines if "begin" in line] == [{"begin": "one"}, {"begin": "two"}]
     assert began is None and list(failed) == ["two"]
+
+
+class Action:
+    """A kernel whose machine code is `lines`, four bytes apart."""
+
+    def __init__(self, name, lines):
+        self._name, self._lines, self.asked = name, lines, 0
+        self.pcs = [4 * n for n in range(len(lines))]
+
+    def name(self):
+        return self._name
+
+    def sass_by_pc(self, pc):
+        self.asked += 1
+        return self._lines[pc // 4]
+
+
+def test_code_that_was_seen_before_is_not_disassembled_again():
+    code, lines = ncu_rep.Disassembly(), [f"FADD R{n}, R1" for n in range(80)]
+    first, again = Action("attention", lines), Action("attention", list(lines))
+    assert code.of(first, first.pcs) == code.of(again, again.pcs) == lines
+    assert again.asked == len(lines) // code.EACH
+
+
+@pytest.mark.parametrize("change", ["name", "line", "length"])
+def test_other_code_is_disassembled(change):
+    code, lines = ncu_rep.Disassembly(), [f"FADD R{n}, R1" for n in range(80)]
+    first = Action("attention", lines)
+    assert code.of(first, first.pcs) == lines
+    other = ["FMUL R0, R1", *lines[1:]] if change == "line" else [*lines[:79], "EXIT"]
+    if change == "length":
+        other.append("NOP")
+    action = Action("memset" if change == "name" else "attention", other)
+    assert code.of(action, action.pcs) == other

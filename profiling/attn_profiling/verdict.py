@@ -463,6 +463,11 @@ def _row(
     control: str,
     verdict: str,
 ) -> dict[str, Any]:
+    low = found.low if found else 0.0
+    if found and hypothesis.witness["kind"] == "counter":
+        low = max(
+            low, min(0.0, found.value)
+        )  # no counter is negative; the symmetric interval may be
     return {
         "run": provenance["run"],
         "device": provenance["device"],
@@ -472,7 +477,7 @@ def _row(
         "subject": hypothesis.witness["subject"],
         "metric": hypothesis.metric,
         "effect": "" if found is None else found.value,
-        "ci_low": "" if found is None else found.low,
+        "ci_low": "" if found is None else low,
         "ci_high": "" if found is None else found.high,
         "threshold": hypothesis.threshold,
         "control": control,
