@@ -196,6 +196,28 @@ class Evidence:
             text += f"; this run has only those of the suite {PROFILE} for {' and '.join(missing)}"
         return text + "."
 
+    def closed(self, file: str) -> str:
+        """What is to be said of a record that was made after its measurement had been interrupted,
+        such as `ncu/control.json`; empty for one that was not."""
+        found = self.provenance.get("closed", {}).get(file)
+        if found is None:
+            return ""
+        kind, suite = Path(file).with_suffix("").parts
+        lost = sorted(
+            {
+                f"{label(item['subject'])}, {item['problem']}"
+                for item in self.provenance["excluded"]
+                if (item["kind"], item["suite"]) == (kind, suite)
+                and item["reason"].startswith("interrupted")
+            }
+        )
+        missing = f" Lost: {'; '.join(lost)}." if 0 < len(lost) <= 3 else ""
+        return (
+            f" {file} was interrupted for good; the record was made from what is whole by commit"
+            f" {found['commit'][:12]}, with the machine and packages of {found['provenance_of']}."
+            f"{missing}"
+        )
+
     def roofline(
         self, suite: str, problem: Problem, subject: str | None, regime: str = "spaced"
     ) -> model.Roofline | None:

@@ -220,6 +220,7 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         if hypothesis.role == "ablation":
             put(f"{hypothesis.threshold:.2f}", "claim", hypothesis.id)
     put(text(_event_gap(evidence, evidence.subjects), 1), "event gap")
+    put(escape(evidence.closed("ncu/control.json").strip()), "controls closed")
     for name in evidence.constraints.constraints:
         put(_verdict(evidence, name).lower(), "verdict", name)
         put(agreement(evidence, name), "agreement", name)

@@ -756,17 +756,6 @@ def stalls(evidence: Evidence, problem: str = GATE) -> Table:
     )
 
 
-def _closed(evidence: Evidence, file: str) -> str:
-    """What is to be said of a record that was made after its measurement had been interrupted."""
-    closed = evidence.provenance.get("closed", {}).get(file)
-    if closed is None:
-        return ""
-    return (
-        f" {file} was interrupted for good; the record was made from what is whole by commit"
-        f" {closed['commit'][:12]}, with the machine and packages of {closed['provenance_of']}."
-    )
-
-
 def host(evidence: Evidence) -> Table:
     """What a call costs the host, and its latency."""
     rows = []
@@ -796,7 +785,7 @@ def host(evidence: Evidence) -> Table:
         " part of the eager latency at batch 32 that is not GPU time; gain: eager latency of the"
         " stage before over that of the stage, at batch 32; time per sequence at batch 1"
         " over that at batch 32 (the plan: 5 to 6)."
-        + _closed(evidence, "host/gate.json"),
+        + evidence.closed("host/gate.json"),
         align="l" + "r" * 10,
         labels=1,
     )  # fmt: skip

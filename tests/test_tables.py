@@ -491,3 +491,19 @@ def test_a_notebook_that_fails_is_an_error(tmp_path):
     with pytest.raises(Exception, match="StopIteration"):
         notebook.execute(tmp_path / "explore.ipynb", tmp_path / "out.ipynb", tmp_path)
     assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_a_record_that_was_closed_says_so_and_what_it_lost(evidence, monkeypatch):
+    assert evidence.closed("ncu/control.json") == ""
+    made = {"commit": "abcdef0123456789", "provenance_of": "timing/control.spaced.json"}
+    monkeypatch.setitem(evidence.provenance, "closed", {"ncu/control.json": made})
+    lost = {"kind": "ncu", "suite": "control", "problem": "control-d64-s1024"}
+    lost |= {"subject": "control_sync.64", "reason": "interrupted before it was profiled"}
+    lost["status"] = "left out"
+    elsewhere = {**lost, "suite": "grid", "subject": "fa3"}
+    monkeypatch.setitem(evidence.provenance, "excluded", [lost, elsewhere])
+    said = evidence.closed("ncu/control.json")
+    assert "by commit abcdef012345" in said and "timing/control.spaced.json" in said
+    assert said.endswith("Lost: control sync.64, control-d64-s1024.")
+    assert "FA3" not in said and evidence.closed("host/gate.json") == ""
+    assert "abcdef012345" in numbers.numbers(evidence)[numbers.macro("controls closed")]
