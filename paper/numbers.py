@@ -74,7 +74,7 @@ def agreement(evidence: Evidence, constraint: str) -> str:
                 told.setdefault((verdict.lower(), by), []).append(suite)
     primary, ablation = found["primary"], found["ablation"]
     if "INCONCLUSIVE" in primary | ablation or not ablation:
-        return "Counter and ablation cannot be set against each other: one of them is inconclusive."
+        return "Counter and ablation cannot be set against each other: not both are decided."
     if primary == ablation:
         return f"Counter and ablation agree: both say {min(primary).lower()}."
     if len(ablation) > 1:

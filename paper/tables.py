@@ -967,7 +967,8 @@ def checks(evidence: Evidence) -> Table:
     return Table(
         ["", *(s.replace("_", " ") for s in suites), "worst error / bound", "identical runs"],
         rows,
-        "Bound: twice the error of low-precision PyTorch against fp32, plus FA3's rounding term."
+        "Bound: twice the error of low-precision PyTorch against fp32, plus FA3's rounding term; of"
+        " each problem the call that errs most (scores that grow, whose bound is wide)."
         " Identical runs: the fewest in a row that gave the same bits, on so many problems.",
         align="l" + "r" * (len(suites) + 2),
         labels=1,
@@ -993,7 +994,9 @@ def left_out(evidence: Evidence) -> Table:
     grouped: dict[tuple[str, str], Counter[str]] = {}
     for item in found["excluded"]:
         why = f"{item['status']}: {item['reason']}"
-        grouped.setdefault((item["suite"], why), Counter())[item["subject"]] += 1
+        kind, of = str(item["kind"]), str(item["suite"])
+        file = kind if kind == of else f"{kind}/{of}"
+        grouped.setdefault((file, why), Counter())[item["subject"]] += 1
     rows += [
         [
             suite,

@@ -203,6 +203,7 @@ def branching(claims, rows, provenance, suite="grid/causal"):
         (dict.fromkeys(RISING, 1.0), "failed", INCONCLUSIVE),
         ({dose: 0.2 + 1e-9 * dose for dose in RISING}, "failed", INCONCLUSIVE),
         ({**RISING, 8: 14.15}, "failed", INCONCLUSIVE),  # within the spread without a dose
+        ({0: 0.2, 1: 5.0, 4: 14.0}, "passed (3 of 4 doses)", REFUTED),
     ],
 )
 def test_a_verdict_needs_its_control(control, column, said):
@@ -265,6 +266,18 @@ def test_some_problems_may_be_off(above, said):
             for n, problem in enumerate(problems)]  # fmt: skip
     assert by_hypothesis("energy", "grid", rows) == said
     assert by_hypothesis("energy", "grid", rows[1:]) == INCONCLUSIVE
+
+
+@pytest.mark.parametrize("suite", ["grid/causal", "grid/full", "gate"])
+def test_a_median_needs_every_problem_of_its_suite(suite):
+    claims, rows, provenance = tables(RISING)
+    whole, _, part = suite.partition("/")
+    lost = EVERY[suite][tidy.MINIMUM][3]
+    rows = [r for r in rows if (r["suite"], r["problem"]) != (whole, lost)]
+    judged = {s: branching(claims, rows, provenance, s)["verdict"]
+              for s in ("grid/causal", "grid/full", "gate")}  # fmt: skip
+    assert judged.pop(suite) == INCONCLUSIVE
+    assert set(judged.values()) == {REFUTED}
 
 
 def test_a_constraint_without_a_control_is_inconclusive():
@@ -512,10 +525,12 @@ def test_every_problem_means_every_problem_of_timings(name, peer, reduction):
     assert by_hypothesis(name, "grid", *off) == INCONCLUSIVE
 
 
-def test_a_median_needs_no_complete_suite():
-    some = EVERY["grid"][tidy.MINIMUM][1:]
-    rows = timed(some, "fa3", [tidy.MEDIAN])
+def test_a_median_leaves_out_what_was_inconclusive_but_not_what_was_not_measured():
+    first, *some = EVERY["grid"][tidy.MINIMUM]
+    rows = timed([first, *some], "fa3", [tidy.MEDIAN], inconclusive=[first])
     assert by_hypothesis("speed-minimum", "grid", *rows) == SUPPORTED
+    rows = timed(some, "fa3", [tidy.MEDIAN])
+    assert by_hypothesis("speed-minimum", "grid", *rows) == INCONCLUSIVE
 
 
 @pytest.mark.parametrize(

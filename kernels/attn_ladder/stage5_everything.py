@@ -11,13 +11,14 @@ constraint `branching`: a block of the hot loop is two products, one exp2 a scor
   warpgroup redoes its flagged tiles with the online softmax.
 - *Mask-free interior.* Blocks are visited from the last to the first, so that only blocks peeled
   off around the loop are masked.
-- *Ping-pong.* Two consumers take turns to issue products, one's softmax under the other's products
-  (Shah et al., 2024, section 3.1); within a consumer the softmax also runs under its own P·V.
+- *Ping-pong.* Two or three consumers take turns to issue products, one's softmax under the others'
+  products (Shah et al., 2024, section 3.1); from headdim 128 on it also runs under its own P·V.
 - *Fewer bubbles.* The first consumer multiplies only the visible half of the diagonal block; at
   headdim 64 the next tile's first product runs under the epilogue; tiles are handed out longest
   first by a counter, or in pairs of a long and a short one; heads are grouped so that their keys
   and values stay in L2.
-- *Headdim 256.* Q, K and V fill shared memory, so O goes from registers to global memory.
+- *Headdim 256.* Q, K and V fill shared memory, so O goes from registers to global memory; up to
+  256 bytes of what is per tile are kept in local memory, none in a loop over blocks.
 
 Expected: `tensor pipe active` at headdim 128, full, 8k from stage 4's level to 97 %, no masked
 instruction outside the peeled blocks. What limits it: the tensor pipe (then power) at headdim 128,

@@ -487,12 +487,14 @@ def close(settings: Settings, suite: str, sections: str | None, out: Path) -> Re
     allowed = gate(settings.run_dir, problems, names)
     timed = timed_kernels(settings.run_dir, suite)
     folder = out.parent / suite
+    known = known_choices(settings.run_dir, suite)
     entries: list[dict[str, Any]] = []
     files: list[Path] = []
     for problem in problems:
         runnable = [name for name, why in allowed[problem.id].items() if why is None]
         ask = Ask(problem, runnable, {}, timed.get(problem.id, {}))
-        for path in sorted(folder.glob(f".{problem.id}.*.ncu-rep")):
+        newest = lambda path: path.stat().st_mtime
+        for path in sorted(folder.glob(f".{problem.id}.*.ncu-rep"), key=newest, reverse=True):
             content = path.read_bytes()
             found = Counter(r for _, ranges in kernel_ranges(content, str(path)) for r in ranges)
             counts = {
@@ -513,7 +515,7 @@ def close(settings: Settings, suite: str, sections: str | None, out: Path) -> Re
                     "sha256": hashlib.sha256(content).hexdigest(),
                     "sections": sections or ("full" if suite in FULL else "listed"),
                     "subjects": counts,
-                    "chosen": dict.fromkeys(counts),
+                    "chosen": {n: known.get(problem.id, {}).get(n) for n in counts},
                     "left_out": {**reasons, **cut},
                 }
             )

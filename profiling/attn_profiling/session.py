@@ -31,13 +31,19 @@ def closed_header(
     GPU's state before and after is not known, and times are those of the files.
     """
     name, known = beside
+    commit, dirty = device.commit(Path.cwd())
     times = [path.stat().st_mtime for path in files]
     unknown = dict.fromkeys(known["provenance"]["before"])
     provenance = {
         **known["provenance"],
         "before": unknown,
         "after": unknown,
-        "closed": {"commit": device.commit(Path.cwd())[0], "provenance_of": name},
+        "closed": {
+            "commit": commit,
+            "dirty": dirty,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "provenance_of": name,
+        },
         "started": datetime.fromtimestamp(min(times), UTC).isoformat(timespec="seconds"),
         "seconds": round(max(times) - min(times), 1),
     }

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from attn_ladder import stage
 from attn_profiling import record, stats
 from attn_profiling.stats import Interval
 from attn_profiling.tidy import (
     HOST_PAIRS,
+    MEDIAN,
     MINIMUM,
     NO_REGIME,
     SHORTEST,
@@ -47,6 +49,7 @@ PREDICTIONS = "predictions.csv"
 LEAST = 3
 """Fewer processes, or problems for a counter, decide nothing."""
 ALL_SUITES = "(all)"
+PASSED = "passed"
 PREDICTION_ERROR = "prediction_error"
 AA = "A/A"
 """Control of a ratio of times: a kernel against itself; its departure from 1 widens intervals."""
@@ -277,16 +280,28 @@ class Evidence:
 
     def stands(self, hypothesis: Hypothesis, suite: str) -> bool:
         """Whether what a hypothesis speaks of was measured on every problem that it names, with an
-        A/A pair that agreed."""
+        A/A pair that agreed; a median leaves out problems whose pair did not, but no others."""
         witness, regime = hypothesis.witness, hypothesis.regime
         if hypothesis.every is not None:
             needed = self.every_problem.get(suite, {}).get(hypothesis.every, ())
             return bool(needed) and all(self._has(witness, suite, regime, p) for p in needed)
-        if witness["kind"] == "counter" or witness["problem"].startswith("("):
+        if witness.get("problem", MEDIAN) == MEDIAN:
+            needed = self.every_problem.get(suite, {}).get(MINIMUM, ())
+            return bool(needed) and all(self._tried(hypothesis, suite, p) for p in needed)
+        if witness["kind"] == "counter":
             return True
         if witness.get("metric") in HOST_PAIRS:
             return agree(self.host_pairs.get((suite, witness["problem"]), {}), witness["metric"])
         return (suite, regime, witness["problem"]) in self.conclusive
+
+    def _tried(self, hypothesis: Hypothesis, suite: str, problem: str) -> bool:
+        """Whether a problem was measured, with whatever A/A pair."""
+        witness, regime = hypothesis.witness, hypothesis.regime
+        whole = suite.partition("/")[0]
+        if witness["kind"] == "speedup":
+            return (whole, regime, witness["subject"], witness["peer"], problem) in self.speedups
+        metric = "gpu_us" if hypothesis.predicts else witness["metric"]
+        return (whole, regime, witness["subject"], metric, problem) in self.metrics
 
     def _has(self, witness: Mapping[str, Any], suite: str, regime: str, problem: str) -> bool:
         if witness["kind"] == "counter":
@@ -331,7 +346,8 @@ class Evidence:
         return Interval(chosen, chosen, chosen, float("inf"), len(found), len(found))
 
     def control(self, control: Mapping[str, str] | None) -> str:
-        """`passed`, `failed`, `not measured`, or `none` where no control is named.
+        """`passed`, `failed`, `not measured`, or `none` where no control is named; `passed` says
+        how many doses were measured where they are not all.
 
         The witness must rise from each dose to the next by more than it differs among kernels
         without a dose. Those are one and the same kernel in every control's file: they are the A/A
@@ -355,7 +371,11 @@ class Evidence:
             return "not measured"
         spread = max(without) - min(without)
         rises = [after - before for before, after in pairwise(doses[d] for d in sorted(doses))]
-        return "passed" if all(rise > spread for rise in rises) else "failed"
+        if not all(rise > spread for rise in rises):
+            return "failed"
+        planned = sum(name.startswith(f"{control['subject']}.") for name in stage.subjects())
+        some = f" ({len(doses)} of {planned} doses)" if len(doses) < planned else ""
+        return PASSED + some
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -432,7 +452,7 @@ def judge(
             name = f"{hypothesis.id} {suite}"
             if name in adjusted and adjusted[name] >= 1 - stats.LEVEL:
                 verdict = INCONCLUSIVE
-            if hypothesis.controlled and control != "passed":
+            if hypothesis.controlled and not control.startswith(PASSED):
                 verdict = INCONCLUSIVE
             post_hoc = "" if fixed and (predicted or not hypothesis.predicts) else POST_HOC
             if hypothesis.role == "primary":
