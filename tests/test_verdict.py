@@ -256,6 +256,17 @@ def test_what_removing_a_constraint_gains_needs_the_control_unless_two_times_are
     assert by_hypothesis("launch-gain", "gate", rows) == said
 
 
+@pytest.mark.parametrize(("pair", "said"), [(1.0, SUPPORTED), (1.09, INCONCLUSIVE)])
+def test_an_interval_of_host_times_is_widened_by_their_pair(pair, said):
+    at = {"suite": "gate", "regime": "-", "problem": "gate-b16"}
+    ratio = {"median": 0.32, "ci_low": 0.31, "ci_high": 0.33, "n_processes": 3, "n": 90}
+    rows = [{**at, "subject": "stage5", "metric": "host_over_fa3", "statistic": k, "value": str(v)}
+            for k, v in ratio.items()]  # fmt: skip
+    rows += [{**at, "subject": "fa3", "metric": "aa_eager_host_us", "statistic": "value",
+              "value": str(pair)}]  # fmt: skip
+    assert by_hypothesis("host-cost", "gate", rows) == said
+
+
 @pytest.mark.parametrize(("above", "said"), [(4, SUPPORTED), (5, REFUTED)])
 def test_some_problems_may_be_off(above, said):
     """Energy: no more than FA3's on 20 of 24."""

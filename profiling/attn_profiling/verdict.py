@@ -278,6 +278,18 @@ class Evidence:
         ]
         return stats.noise_floor(ratios) if ratios else 0.0
 
+    def floor(self, hypothesis: Hypothesis, suite: str) -> float:
+        """How far, relatively, an A/A pair is from 1 where a hypothesis is on times: of GPU times
+        the worst of the suite, of host times the worst that the metric is made of."""
+        witness = hypothesis.witness
+        if witness["kind"] == "speedup":
+            return self.noise_floor(suite, hypothesis.regime)
+        if witness.get("metric") not in HOST_PAIRS:
+            return 0.0
+        pairs = self.host_pairs.get((suite, witness["problem"]), {})
+        kinds = HOST_PAIRS[witness["metric"]]
+        return stats.noise_floor([pairs.get(f"aa_{kind}", 1.0) for kind in kinds])
+
     def stands(self, hypothesis: Hypothesis, suite: str) -> bool:
         """Whether what a hypothesis speaks of was measured on every problem that it names, with an
         A/A pair that agreed; a median leaves out problems whose pair did not, but no others."""
@@ -446,7 +458,7 @@ def judge(
             control = AA
         for suite in hypothesis.suites:
             interval = found[(hypothesis.id, suite)]
-            floor = evidence.noise_floor(suite, hypothesis.regime) if is_ratio else 0.0
+            floor = evidence.floor(hypothesis, suite)
             known = interval if evidence.stands(hypothesis, suite) else None
             verdict = decide(known, hypothesis, floor)
             name = f"{hypothesis.id} {suite}"
