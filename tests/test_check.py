@@ -117,6 +117,28 @@ def test_wrong_forms_are_found(change, message):
     assert message in verdict(lambda q, k, v, **kw: change(*right(q, k, v, **kw))).message
 
 
+@pytest.mark.parametrize(("off", "close"), [(0.0, True), (0.02, False)])
+def test_fp16_is_held_against_sdpa_by_the_plans_own_criterion(off, close):
+    def shifted(q, k, v, **kwargs):
+        out, lse = right(q, k, v, **kwargs)
+        return (out + off).to(out.dtype), lse
+
+    square = replace(SMALL, seqlen_k=SMALL.seqlen_q)
+    found = verdict(shifted, replace(square, dtype="fp16"))
+    assert found.allclose is close and (found.message is None) is close
+    assert found.unit_error == pytest.approx(off, abs=2e-3)
+    assert verdict(shifted, replace(square, dtype="bf16")).allclose is None
+
+
+def test_the_error_at_unit_scale_is_not_that_of_scores_that_grow():
+    unit = check.Verdict(None, 0.1, 0.1, 0.3, 0.0, 0.1, True)
+    grown = check.Verdict(None, 0.5, 0.4, 0.9, 0.0)
+    worse = check._worse(unit, grown)
+    assert (worse.max_error, worse.bound, worse.unit_error, worse.allclose) == (0.5, 0.9, 0.1, True)
+    again = check.Verdict(None, 0.05, 0.1, 0.3, 0.0, 0.05, False)
+    assert check._worse(worse, again).allclose is False
+
+
 def test_rows_without_a_key_give_zero_and_minus_infinity():
     problem = replace(SMALL, seqlen_q=48, seqlen_k=32)
     assert verdict(right, problem).message is None

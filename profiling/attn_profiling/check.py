@@ -20,7 +20,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ LONG = 4096
 ELSEWHERE = 3.0  # how many bounds another head may be away from SDPA, which errs itself
 REPEATED = "variant"  # the suite, a few problems of every kind, on which runs are compared
 REPEATS = 1000
+RTOL, ATOL = 1e-3, 2e-3  # the plan's own criterion, recorded beside the stricter rule
 LSE_BOUND = 1e-3  # natural log; scores and sums are fp32 in every subject
 SILENCE_S = 240.0
 AT_ONCE = max(1, min(8, (os.cpu_count() or 2) // 2))
@@ -54,20 +55,30 @@ AT_ONCE = max(1, min(8, (os.cpu_count() or 2) // 2))
 
 @dataclass(frozen=True)
 class Verdict:
-    """What comparing one output gave. `message` is None where it is right."""
+    """What comparing one output gave. `message` is None where it is right.
+
+    `unit_error` is the largest error on inputs of unit scale. `allclose` says whether an fp16
+    output of such inputs is close to PyTorch's SDPA on all heads, within `RTOL` and `ATOL`.
+    """
 
     message: str | None
     max_error: float | None
     reference_error: float | None
     bound: float | None
     lse_error: float | None
+    unit_error: float | None = None
+    allclose: bool | None = None
+
+
+def sdpa_can(problem: Problem) -> bool:
+    """Whether PyTorch's SDPA computes a problem: it aligns causal masks top-left."""
+    return not problem.causal or problem.seqlen_q == problem.seqlen_k
 
 
 def sampled_heads(problem: Problem, seed: int) -> list[tuple[int, int]] | None:
     """(batch, head) pairs that are compared with the fp32 reference; None means all of them."""
     pairs = problem.batch * problem.nheads
-    sdpa_can = not problem.causal or problem.seqlen_q == problem.seqlen_k
-    if pairs <= FULL_HEADS or not sdpa_can:
+    if pairs <= FULL_HEADS or not sdpa_can(problem):
         return None
     count = SAMPLED_HEADS if problem.seqlen_q <= LONG else LONG_SAMPLED_HEADS
     chosen = random.Random(seed).sample(range(1, pairs - 1), count - 2)
@@ -83,7 +94,7 @@ class Oracle:
         problem: Problem,
         inputs: Tensors,
         heads: list[tuple[int, int]] | None,
-        everywhere: bool = True,
+        unit_scale: bool = True,
     ) -> None:
         from attn_ladder.reference import attention_reference, rounding_term
 
@@ -106,7 +117,9 @@ class Oracle:
         self._pairs = pairs
         self.reference_error = own
         self.bound = 2.0 * own + rounding
-        self._sdpa = self._everywhere(inputs) if heads is not None and everywhere else None
+        self._unit_scale = unit_scale
+        compared = heads is not None or (problem.dtype == "fp16" and sdpa_can(problem))
+        self._sdpa = self._everywhere(inputs) if unit_scale and compared else None
 
     def _everywhere(self, inputs: Tensors) -> Any:
         """SDPA's memory-efficient backend, which is none of the subjects, on all heads."""
@@ -148,7 +161,7 @@ class Oracle:
             )
         elif lse_error is not None and not lse_error <= LSE_BOUND:
             message = f"log-sum-exp is off by {lse_error:.3g}, more than {LSE_BOUND:g}"
-        elif self._sdpa is not None:
+        elif self._sdpa is not None and self._heads is not None:
             away = (out - self._sdpa).abs().amax(dim=(1, 3)).float()
             if not away.max().item() <= ELSEWHERE * self.bound:
                 b, h = divmod(int(away.argmax()), problem.nheads)
@@ -156,7 +169,10 @@ class Oracle:
                     f"batch {b} head {h} is {away.max().item():.3g} away from PyTorch's SDPA,"
                     f" more than {ELSEWHERE:g} x {self.bound:.3g}"
                 )
-        return Verdict(message, error, self.reference_error, self.bound, lse_error)
+        unit, close = error if self._unit_scale else None, None
+        if self._sdpa is not None and problem.dtype == "fp16":
+            close = self._torch.allclose(out, self._sdpa, rtol=RTOL, atol=ATOL)
+        return Verdict(message, error, self.reference_error, self.bound, lse_error, unit, close)
 
     def _wrong_form(self, out: Any, lse: Any) -> str | None:
         problem = self._problem
@@ -222,7 +238,7 @@ def check_subject(
         verdict = _worse(verdict, moved)
     if verdict.message is None:
         large = grown(second)
-        oracle = Oracle(torch, problem, large, heads, everywhere=False)
+        oracle = Oracle(torch, problem, large, heads, unit_scale=False)
         when = "on scores that grow along a row: "
         verdict = _worse(verdict, _call(torch, problem, forward, large, oracle, when))
     return verdict
@@ -255,16 +271,17 @@ def _call(
 
 
 def _with(verdict: Verdict, message: str) -> Verdict:
-    return Verdict(
-        message, verdict.max_error, verdict.reference_error, verdict.bound, verdict.lse_error
-    )
+    return replace(verdict, message=message)
 
 
 def _worse(a: Verdict, b: Verdict) -> Verdict:
-    """The failing one, else the one closer to its bound."""
-    if b.message is not None or (b.max_error or 0.0) > (a.max_error or 0.0):
-        return b
-    return a
+    """The failing one, else the one with the larger error; what is of unit scale from both."""
+    worse = b if b.message is not None or (b.max_error or 0.0) > (a.max_error or 0.0) else a
+    errors = [v.unit_error for v in (a, b) if v.unit_error is not None]
+    close = [v.allclose for v in (a, b) if v.allclose is not None]
+    return replace(
+        worse, unit_error=max(errors, default=None), allclose=all(close) if close else None
+    )
 
 
 def _same(torch: Any, a: Iterable[Any], b: Iterable[Any]) -> bool:
@@ -313,6 +330,8 @@ def result(
         "reference_error": number(verdict.reference_error) if verdict else None,
         "bound": number(verdict.bound) if verdict else None,
         "lse_error": number(verdict.lse_error) if verdict else None,
+        "unit_error": number(verdict.unit_error) if verdict else None,
+        "allclose": verdict.allclose if verdict else None,
         "heads": [list(pair) for pair in heads] if heads else None,
         "identical_runs": identical_runs,
         "seconds": seconds,

@@ -412,7 +412,8 @@ class Tidier:
                         suite, problem, subject, NO_REGIME, "correct", "1", value=result["ok"]
                     )
                 for name in (
-                    "max_error", "reference_error", "bound", "lse_error", "identical_runs",
+                    "max_error", "reference_error", "bound", "lse_error", "unit_error", "allclose",
+                    "identical_runs",
                 ):  # fmt: skip
                     if result.get(name) is not None:
                         self.metric(
