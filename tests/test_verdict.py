@@ -51,6 +51,7 @@ def test_the_claims_are_read():
         (lambda c: c["hypotheses"][1].update(role="primary"), "has 2 primary hypotheses"),
         (lambda c: c["hypotheses"][0].update(role="witness"), "has 0 primary hypotheses"),
         (lambda c: c["constraints"]["sync"].pop("control"), "constraints/sync.*control"),
+        (lambda c: c["hypotheses"][0]["witness"].update(all_but=2), "hypotheses/0/witness"),
     ],
 )
 def test_wrong_claims_are_an_error_that_names_the_place(tmp_path, claims, change, said):
