@@ -275,6 +275,27 @@ def test_a_worker_that_is_never_begun_ends(monkeypatch, tmp_path):
         list(worker.messages(1.0))
 
 
+def test_a_worker_says_that_it_waits_for_its_request(monkeypatch, tmp_path):
+    def started(text):
+        script = tmp_path / "worker.py"
+        script.write_text(text)
+        monkeypatch.setattr(workers, "COMMAND", (sys.executable, str(script)))
+        return Worker("host", [], tmp_path / "log", {})
+
+    fd = "import json, os, sys; pipe = os.fdopen(int(os.environ['ATTN_LADDER_REPORT_FD']), 'w')"
+    send = "send = lambda **m: print(json.dumps(m), file=pipe, flush=True)"
+    answer = "send(ready=True); send(begin=json.loads(sys.stdin.readline()))"
+    worker = started(f"{fd}; {send}; {answer}")
+    worker.wait_ready(20.0)
+    worker.begin({"a": 1})
+    assert list(worker.messages(20.0)) == [{"begin": {"a": 1}}]
+    worker.close()
+    worker = started("import sys; sys.exit(3)")
+    with pytest.raises(WorkerDied, match="exit status 3"):
+        worker.wait_ready(20.0)
+    worker.close()
+
+
 def test_the_real_worker_reports_what_cannot_run(tmp_path):
     """Without a GPU the worker still answers: the subject's error, not a stack trace."""
     problem = read_problems(check_problems())["smoke-d64-causal"]

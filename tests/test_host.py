@@ -95,6 +95,9 @@ class FakeWorker:
     def __init__(self, kind, arguments, log, environment):
         self.request = None
 
+    def wait_ready(self, silence_s):
+        assert self.request is None and not self.begun, "an import beside what is measured"
+
     def begin(self, request):
         self.request = request
         self.begun.append([entry["problem"]["id"] for entry in request["problems"]])

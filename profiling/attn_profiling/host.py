@@ -15,7 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -286,7 +286,11 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
     problems, store = planned.problems, planned.store
     log = out.parent / ".partial" / f"{suite}.log"
     results: dict[str, list[dict[str, Any]]] = {p.id: [] for p in problems}
-    with progress(f"host {suite}", len(problems) * measuring.processes) as tell:
+    with (
+        progress(f"host {suite}", len(problems) * measuring.processes) as tell,
+        ExitStack() as workers,
+    ):
+        begun: list[tuple[int, list[Problem], Worker]] = []
         for process in range(measuring.processes):
             todo = []
             for p in problems:
@@ -296,12 +300,19 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
                 else:
                     results[p.id].append(found)
                     tell(p.id)
-            if not todo:
-                continue
-            everyone = sorted({name for p in todo for name in planned.runnable(p)})
-            worker = Worker("host", [",".join(everyone)], log, session.environment)
-            current = todo[0].id
-            try:
+            if todo:
+                everyone = sorted({name for p in todo for name in planned.runnable(p)})
+                worker = Worker("host", [",".join(everyone)], log, session.environment)
+                workers.callback(worker.close)
+                begun.append((process, todo, worker))
+        current = begun[0][1][0].id if begun else ""
+        process = 0
+        try:
+            # all of them first: an import would disturb what another one measures
+            for process, _, worker in begun:  # noqa: B007 (the error names it)
+                worker.wait_ready(SILENCE_S)
+            for process, todo, worker in begun:
+                current = todo[0].id
                 worker.begin(
                     {
                         "measuring": settings.measuring_fields,
@@ -324,13 +335,11 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
                     results[current].append(result)
                     store.put(1, process, settings.problems[current], result)
                     tell(current)
-            except WorkerDied as error:
-                raise MeasureError(
-                    f"problem {current}, process {process + 1}: {error}\nWhat was measured before"
-                    " it is kept; the same command goes on from there"
-                ) from None
-            finally:
-                worker.close()
+        except WorkerDied as error:
+            raise MeasureError(
+                f"problem {current}, process {process + 1}: {error}\nWhat was measured before"
+                " it is kept; the same command goes on from there"
+            ) from None
     data = {
         **session.header("host", suite),
         "problems": [planned.row(p, results[p.id]) for p in problems],

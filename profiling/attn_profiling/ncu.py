@@ -43,8 +43,8 @@ from attn_profiling.settings import Settings
 from attn_profiling.timing import known_choices, spaced_rows
 
 TIMEOUT_S = 900.0
-# suites that get every section; the others get the listed counters
-FULL = ("profile", "control")
+# the suite that gets every section; the others get the listed counters
+FULL = ("profile",)
 # Most problems of one process of ncu: what an interruption costs is about a minute and a half.
 MOST = {"full": 3, "listed": 8}
 

@@ -13,7 +13,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,9 @@ class Reporter:
         self._pipe = os.fdopen(int(os.environ[REPORT_FD]), "w")
 
     def request(self) -> dict[str, Any]:
-        """Wait for the request. Ends the process where the parent has gone."""
+        """Say that all is imported and wait for the request. Ends the process where the parent has
+        gone."""
+        self.send(ready=True)
         line = sys.stdin.readline()
         if not line:
             raise SystemExit(0)
@@ -74,6 +75,15 @@ class Worker:
             )
         os.close(write)
         self._pipe = read
+        self._buffer = b""
+
+    def wait_ready(self, silence_s: float) -> None:
+        """Wait until the worker has imported everything and waits for its request.
+
+        Raises `WorkerDied` if it ends before, or takes longer than `silence_s` seconds.
+        """
+        if next(self._lines(silence_s), None) is None:
+            raise WorkerDied(f"it ended without waiting for its request{self._said()}")
 
     def begin(self, request: Mapping[str, Any]) -> None:
         """Send the request."""
@@ -89,12 +99,18 @@ class Worker:
 
         Raises `WorkerDied` if it fails, or says nothing for `silence_s` seconds (it is killed).
         """
-        buffer = b""
+        for message in self._lines(silence_s):
+            if "ready" not in message:
+                yield message
+
+    def _lines(self, silence_s: float) -> Iterator[dict[str, Any]]:
         with selectors.DefaultSelector() as selector:
             selector.register(self._pipe, selectors.EVENT_READ)
             while True:
-                deadline = time.monotonic() + silence_s
-                if not selector.select(max(0.0, deadline - time.monotonic())):
+                while b"\n" in self._buffer:
+                    line, self._buffer = self._buffer.split(b"\n", 1)
+                    yield json.loads(line)
+                if not selector.select(silence_s):
                     self.kill()
                     raise WorkerDied(
                         f"no progress for {silence_s:.0f} s, so it was killed{self._said()}"
@@ -102,9 +118,7 @@ class Worker:
                 chunk = os.read(self._pipe, 1 << 16)
                 if not chunk:
                     break
-                *lines, buffer = (buffer + chunk).split(b"\n")
-                for line in lines:
-                    yield json.loads(line)
+                self._buffer += chunk
         try:
             status = self._process.wait(timeout=60)
         except subprocess.TimeoutExpired:
