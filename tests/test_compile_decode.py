@@ -34,13 +34,14 @@ def compile_case(sm: int, headdim: int, seqlen_q: int, append: bool, page: int, 
     kernel = decode.split_kernel
     names = kernel.arg_names
     values = {
-        "SPLIT": True, "GROUP": GROUP, "MODE": decode.CACHE, "CAUSAL": True,
+        "SPLIT": True, "FUSED": True, "GROUP": GROUP, "MODE": decode.CACHE, "CAUSAL": True,
         "INDEXED": False, "APPEND": append, "PAGE_SIZE": page, "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N, "LANES": config.lanes, "HEADDIM": headdim,
+        "ROWS": min(decode.COMBINED_ROWS, GROUP * seqlen_q), "CHUNK": decode.CHUNK,
     }  # fmt: skip
     types = {f"{x}_ptr": "*bf16" for x in ("q", "k", "v", "k_new", "v_new", "out")}
     types |= {f"{x}_ptr": "*fp32" for x in ("lse", "partial", "partial_lse")}
-    types |= {f"{x}_ptr": "*i32" for x in ("bounds", "index", "table", "error")}
+    types |= {f"{x}_ptr": "*i32" for x in ("bounds", "index", "table", "error", "counter")}
     types["qk_scale"] = "fp32"
     signature = {n: "constexpr" if n in values else types.get(n, "i32") for n in names}
     wide = [n for n in names if n.endswith("_ptr") or (aligned and n.startswith("stride"))]
@@ -50,8 +51,13 @@ def compile_case(sm: int, headdim: int, seqlen_q: int, append: bool, page: int, 
         {(names.index(n),): value for n, value in values.items()},
         {(names.index(n),): [["tt.divisibility", 16]] for n in wide},
     )
-    num_stages = 2 * config.num_stages - 1 if page else config.num_stages
-    options = {"num_warps": config.num_warps, "num_stages": num_stages}
+    num_stages = config.num_stages
+    if page % config.BLOCK_N:
+        num_stages = 2 * num_stages - 1
+    options = {
+        "num_warps": config.num_warps, "num_stages": num_stages,
+        "maxnreg": decode.max_registers(config, headdim, page, append),
+    }  # fmt: skip
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     log, sass = assemble(compiled.asm["ptx"], {90: "sm_90a", 80: "sm_80"}[sm])
     registers, spill_bytes, _ = read_ptxas(log)

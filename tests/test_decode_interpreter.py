@@ -178,6 +178,85 @@ def invariance() -> dict:
     }
 
 
+def combine() -> dict:
+    """The combine in the last CTA of a tile, and what shows that it counts right."""
+    import dataclasses
+
+    import torch
+
+    from attn_ladder import decode
+    from attn_ladder.decode import CACHE, clear_errors, counters, launch, plan
+
+    torch.manual_seed(0)
+    ints = lambda x: torch.tensor(x, dtype=torch.int32)
+    nan = float("nan")
+    empty = torch.empty
+    torch.empty = lambda *a, **k: (lambda x: x.fill_(nan) if x.is_floating_point() else x)(
+        empty(*a, **k)
+    )
+    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    # 21 splits, so more than a chunk of them; one split; no key
+    lens, capacity, h, hk = [1300, 64, 0], 1344, 6, 2
+    config = dataclasses.replace(plan(1, h, hk, 64), max_splits=32, min_split=64)
+    q, k = torch.randn(3, 1, h, 64), torch.randn(3, capacity, hk, 64)
+    v = torch.randn(3, capacity, hk, 64)
+    call = lambda **changes: launch(
+        q, k, v, **{"mode": CACHE, "bounds": ints(lens), "config": config, **changes}
+    )
+    fused = call()
+    counter = counters(q.device, 1)
+    done = {"splits": [-(-n // 64) for n in lens], "zeroed": not bool(counter.any())}
+    launches = []
+    kernel = decode.combine_kernel
+    spy = type("Spy", (), {"__getitem__": lambda _, grid: lambda *a, **n: (
+        launches.append(grid), kernel[grid](*a, **n))})()  # fmt: skip
+    decode.combine_kernel = spy
+    done["again"] = same(call(), fused) and not launches
+    large = call(config=dataclasses.replace(config, BLOCK_M=32))
+    done["separate"] = len(launches) == 1
+    done["close"] = all(torch.allclose(x, y, atol=1e-5) for x, y in zip(large, fused, strict=True))
+    one = call(config=dataclasses.replace(config, max_splits=1))
+    done["as one split"] = all(
+        torch.allclose(x, y, atol=1e-5) for x, y in zip(one, fused, strict=True)
+    )
+    counter.fill_(1)  # the CTA before the last one combines
+    wrong = call()
+    counter.zero_()
+    done["wrong count"] = [bool(x.isnan().any()) for x in wrong[0]]
+    counter.fill_(2**20)  # nobody does
+    wrong = call()
+    counter.zero_()
+    done["no count"] = [bool(x.isnan().all()) for x in wrong[0]]
+    # more counters than the pool holds: those of the call
+    pool, decode.POOL_COUNTERS, decode._POOLS = decode._POOLS, 4, {}
+    done["pool used up"] = same(call(), fused) and decode._POOLS[q.device][2] == [0]
+    decode._POOLS = pool
+    # one bad page of one split
+    table = torch.arange(63, dtype=torch.int32).view(3, 21)
+    paged = lambda table: call(k=k.view(63, 64, hk, 64), v=v.view(63, 64, hk, 64),
+                               block_table=table)  # fmt: skip
+    call = lambda k=k, v=v, **changes: launch(
+        q, k, v, mode=CACHE, bounds=ints(lens), config=config, **changes
+    )
+    done["paged"] = same(paged(table), fused)
+    # a capacity that would be split otherwise than the length, and unused pages that are bad
+    two = dataclasses.replace(config, max_splits=2)
+    wide = torch.cat([table, torch.full((3, 21), -1, dtype=torch.int32)], 1)
+    views = [x.view(63, 64, hk, 64) for x in (k, v)]
+    done["paged, larger capacity"] = same(
+        launch(q, *views, mode=CACHE, bounds=ints(lens), config=two, block_table=wide),
+        launch(q, k, v, mode=CACHE, bounds=ints(lens), config=two),
+    )
+    done["no flag"] = not clear_errors(q.device)
+    table[0, 7] = 63
+    bad = paged(table)
+    done["poison"] = [bool(bad[0][0].isnan().all()), bool(bad[1][0].isnan().all()),
+                      same([x[1:] for x in bad], [x[1:] for x in fused]),
+                      [text.split(":")[0] for text in clear_errors(q.device)]]  # fmt: skip
+    done["zeroed after it"] = not bool(counter.any())
+    return done
+
+
 def errors() -> dict:
     """Bad values that reach the device: NaN for their sequence, the flag, nothing else touched."""
     import torch
@@ -278,6 +357,19 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
     assert done["close"]
 
 
+def test_the_last_block_of_threads_combines_the_splits():
+    done = run("combine")
+    assert done["splits"] == [21, 1, 0]
+    assert done["zeroed"] and done["again"] and done["paged"]
+    assert done["separate"]  # a tile of more rows has a kernel for it
+    assert done["close"] and done["as one split"]
+    # a count that is wrong is seen, and where there is one split nothing is counted
+    assert done["wrong count"] == done["no count"] == [True, False, False]
+    assert done["pool used up"]
+    assert done["paged, larger capacity"] and done["no flag"]
+    assert done["poison"] == [True, True, True, ["block_table"]] and done["zeroed after it"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -316,14 +408,6 @@ def test_a_bad_range_gives_nan(flagged, name):
     assert nan and texts[0].startswith("key_range")
 
 
-if __name__ == "__main__":
-    what = sys.argv[1]
-    if what in ("cases", "wrong", "lanes"):
-        print(json.dumps(cases(what == "wrong", 4 if what == "lanes" else 1)))
-    else:
-        print(json.dumps({"invariance": invariance, "errors": errors}[what]()))
-
-
 def test_ragged_keys_are_not_split_though_a_cache_of_them_would_be():
     """Else the case would pass with all splits but the first left out."""
     from attn_ladder.decode import plan
@@ -331,3 +415,33 @@ def test_ragged_keys_are_not_split_though_a_cache_of_them_would_be():
     lens_q, lens_k, h, hk, d, _ = RAGGED["long beside few queries"]
     config = plan(max(lens_q), h, hk, d)
     assert config.max_splits > 1 and max(lens_k) > config.min_split
+
+
+def test_counters_are_shared_by_a_stream_and_owned_by_a_captured_launch(monkeypatch):
+    import torch
+
+    from attn_ladder import decode
+
+    monkeypatch.setattr(decode, "_POOLS", {})
+    monkeypatch.setattr(decode, "POOL_COUNTERS", 2 * 4096 + 3 * 32)
+    take = lambda *a: decode.take_counters(torch.device("cpu"), *a)
+    assert take(8, 1, True) is None  # no pool is created under capture
+    first, second = take(8, 1, False), take(8, 2, False)
+    captured = [take(10, 1, True) for _ in range(2)]  # on a stream that has a slice
+    places = [(x.storage_offset(), x.storage_offset() + x.numel())
+              for x in (first, second, *captured)]  # fmt: skip
+    assert all(a[1] <= b[0] for a, b in zip(places, places[1:], strict=False))
+    assert all(first % 32 == 0 for first, _ in places)  # else a capture would compile anew
+    assert take(4096, 1, False).data_ptr() == first.data_ptr()
+    assert take(4097, 1, False) is None and take(4096, 1, False).data_ptr() == first.data_ptr()
+    assert take(10, 1, True) is not None  # what is left of the pool
+    assert take(1, 3, True) is None
+
+
+if __name__ == "__main__":
+    what = sys.argv[1]
+    if what in ("cases", "wrong", "lanes"):
+        print(json.dumps(cases(what == "wrong", 4 if what == "lanes" else 1)))
+    else:
+        run_it = {"invariance": invariance, "errors": errors, "combine": combine}[what]
+        print(json.dumps(run_it()))

@@ -36,7 +36,8 @@ def test_the_decode_table_has_every_shape_with_its_interval(evidence):
     assert 0.97 < float(first["pages of 256"].split()[0]) < 0.99
     named = {row[1]: row[7] for row in table.rows[-3:]}
     assert named["median, under 64 MiB"].startswith("1.25")
-    assert named["median, from 64 MiB"].startswith("1.10")
+    large = named["median, from 64 MiB"].split()[0]
+    assert float(large) == pytest.approx(1.10, abs=0.005)
     assert named["least"].startswith("1.")
     assert "Checks before: 12 right, 0 wrong." in table.note
 

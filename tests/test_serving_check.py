@@ -195,3 +195,35 @@ def test_every_candidate_is_a_valid_configuration():
     for shape in sc.DECODE:
         configs = list(sc.tune_configs(shape).values())
         assert 10 < len(configs) < 150
+
+
+def test_candidates_that_a_shape_does_not_tell_apart_are_measured_once(no_gpu):
+    shape = sc.DECODE[0]  # 512 keys
+    configs = sc.tune_configs(shape)
+    apart = {sc.same_splits(shape, config) for config in configs.values()}
+    row = sc.tune_shape(FakeTimer(), None, object(), shape, "splits 1")
+    assert len(row["measured"]) == len(apart) < len(configs) == len(row["us"])
+    assert row["fa3_config"] == "splits 1" and row["fa3_us"] == len("fa3")
+
+
+def test_the_lines_of_tuning_name_the_candidate_that_is_best_over_the_lengths():
+    def row(length, us):
+        shape = sc.Shape(1, 32, 8, 128, length)
+        return {
+            "shape": shape.id, "nheads": 32, "nheads_k": 8, "headdim": 128, "in_use": "a",
+            "errors": {}, "fa3_config": "auto", "fa3_us": 10.0, "measured": list(us), "us": us,
+        }  # fmt: skip
+
+    lines = sc.tune_lines([row(512, {"b": 8.0, "a": 10.0}), row(1024, {"a": 10.0, "b": 16.0})])
+    assert "in use a 10.0 (1.000); b 8.0 (1.250); a 10.0 (1.000)" in lines[0]
+    means = [line.split(" ", 2)[2] for line in lines[2:]]
+    assert means == ["a: mean 1.000, least 1.000", "b: mean 0.884, least 0.625"]
+    assert "OSError" in sc.tune_lines([{"shape": "x", "error": "OSError"}])[0]
+
+
+def test_only_the_chosen_checks_run(tmp_path, monkeypatch):
+    done = {name: lambda: "fine" for name in ("graph", "graph, pages of 64", "operators")}
+    monkeypatch.setattr(sc, "checks", lambda *a: done)
+    report = sc.Report(tmp_path / "found.json", 60)
+    assert sc.run_checks(report, "cpu", True, wanted=("graph",))
+    assert [row["name"] for row in report.data["checks"]] == ["graph", "graph, pages of 64"]

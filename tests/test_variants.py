@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from attn_ladder import stage5_everything
-from attn_ladder.offline import inner_loops, instructions, report, reports
+from attn_ladder.offline import (
+    SHARED_LIMIT,
+    inner_loops,
+    instructions,
+    overlapped,
+    report,
+    reports,
+    serialized,
+)
+from attn_ladder.problem import Problem
 from attn_ladder.stage import kernel_hash, load, subjects
 from attn_ladder.variants import (
     _dosed,
@@ -20,6 +29,7 @@ from attn_ladder.variants import (
     mask_all,
     no_persistent,
     no_ping_pong,
+    no_warp_specialization,
     other_turn,
 )
 from attn_ladder.variants._copied import copied
@@ -115,6 +125,53 @@ def test_a_changed_configuration_spills_nothing(changed: dict) -> None:
     assert (sum(n >= 64 for n in masks) >= 2) is ("mask_all" in changed)
 
 
+SINGLE_ROLE = [
+    dict(dtype=dtype, headdim=headdim, causal=causal, seqlen=seqlen)
+    for dtype, seqlen in (("bf16", 512), ("bf16", 4096), ("fp16", 4096))
+    for headdim, causal in itertools.product((64, 128), (False, True))
+]
+
+
+def test_without_a_producer_the_first_warpgroup_loads_under_its_products() -> None:
+    kernel = "attn_ladder.variants.no_warp_specialization:offline"
+    for case, compiled in zip(SINGLE_ROLE, reports(kernel, SINGLE_ROLE), strict=True):
+        three = not case["causal"] and case["headdim"] == 64 and case["seqlen"] == 4096
+        warpgroups = 3 if three else 2
+        assert compiled.spill_bytes == 0 and not serialized(compiled.notes), case
+        assert compiled.shared <= SHARED_LIMIT, case
+        loops = [loop for loop in inner_loops(compiled.sass) if overlapped(loop)]
+        assert [overlapped(loop) for loop in loops] == [64] * warpgroups, case
+        copies = [sum(name.startswith("UTMALDG") for name, _ in loop) for loop in loops]
+        assert sorted(copies) == [0] * (warpgroups - 1) + [2], case
+        assert not any(name.startswith("FSEL") for loop in loops for name, _ in loop), case
+
+
+def test_without_a_producer_there_are_no_turns_and_no_counter() -> None:
+    for headdim, causal, seqlen in itertools.product((64, 128), (False, True), (512, 4096, 16384)):
+        size = (16384 // seqlen, seqlen, 2048 // headdim, headdim)
+        top, _, _ = stage5_everything.schedule(None, size, size, causal, 132)
+        cfg, shape, grid = no_warp_specialization.schedule(None, size, size, causal, 132)
+        assert (cfg.ping_pong, cfg.cross_tile, cfg.overlap) == (False, False, "own")
+        assert cfg.schedule == ("pairs" if causal else "static")
+        assert cfg.consumers == (2 if causal else top.consumers)
+        assert grid == min(132, shape.num_m * shape.num_heads // (2 if causal else 1))
+        assert cfg.num_buffers == top.num_buffers and cfg.BLOCK_N == top.BLOCK_N
+    odd = (1, 384, 8, 128)
+    assert no_warp_specialization.schedule(None, odd, odd, True, 132)[0].schedule == "static"
+
+
+def test_without_a_producer_ragged_problems_are_refused() -> None:
+    whole = Problem("p", ("variant",), "bf16", 1, 256, 512, 4, 2, 64, True)
+    assert no_warp_specialization.unsupported(whole, (9, 0)) is None
+    for changed in ({"seqlen_k": 500}, {"seqlen_q": 250}, {"seqlen_q": 640}, {"headdim": 256}):
+        assert no_warp_specialization.unsupported(replace(whole, **changed), (9, 0))
+        size = {"seqlen_q": 256, "seqlen_k": 512, "headdim": 64, **changed}
+        q, k = ((1, size[name], 4, size["headdim"]) for name in ("seqlen_q", "seqlen_k"))
+        with pytest.raises(ValueError, match="see `unsupported`"):
+            no_warp_specialization.schedule(None, q, k, True, 132)
+    assert no_warp_specialization.unsupported(whole, (10, 0))
+
+
 def test_what_is_replaced_is_used_by_the_copy_alone() -> None:
     original = stage5_everything.schedule
     copy = copied(stage5_everything, "test", schedule=len)
@@ -129,9 +186,9 @@ def test_a_name_that_is_not_there_is_an_error() -> None:
 
 def test_variants_are_subjects_whose_hash_follows_the_stage() -> None:
     names = [name for name, found in subjects().items() if found.kind == "variant"]
-    assert len(names) == 6
+    assert len(names) == 7
     assert all(subjects()[name].of == "stage5" for name in names)
-    assert len({kernel_hash(name) for name in (*names, "stage5")}) == 7
+    assert len({kernel_hash(name) for name in (*names, "stage5")}) == 8
 
 
 # -- controls

@@ -1,12 +1,14 @@
 """Decoding and ragged prefill on a GPU: are they right, and how fast beside FA3.
 
     python -m attn_profiling.serving_check --out FILE [--seconds 60] [--parts check,time,tune]
+        [--checks kvcache,varlen,invariance,counters,graph,streams,repeats]
 
 One process. `check` compares `attention_with_kvcache` and `attention_varlen` with the fp32
 reference; `time` measures the decode shapes, GPU time from activity records behind a spin, in
 random order with FA3's best of several `num_splits`, on caches in turn with a cold L2; `tune` times
-other tiles and split policies. A case that fails is recorded with its error, and the next one runs.
-The file is written after every case; at the limit of seconds the rest is left out.
+other tiles and split policies, beside the configuration of FA3 that `time` found best. A case that
+fails is recorded with its error, and the next one runs. The file is written after every case; at
+the limit of seconds the rest is left out.
 
 With `--device cpu` (TRITON_INTERPRET=1) small cases of `check` run under Triton's interpreter.
 """
@@ -33,7 +35,7 @@ from typing import Any
 GAPS_US = (700.0, 2000.0)  # of the spin before a timed call; the second where the queue ran dry
 ROUNDS = 15
 CANDIDATE_ROUNDS = 5
-TUNE_ROUNDS = 4
+TUNE_ROUNDS = 5
 COPY_BYTES = 2**30
 SESSIONS = 3  # of the profiler, which may lose records
 WORKERS = 12  # threads that compile
@@ -566,6 +568,66 @@ def check_streams(case: Cached, device: Any) -> str:
     return "20 calls on each of 2 streams, bitwise equal"
 
 
+def check_repeats(case: Cached, device: Any) -> str:
+    """Two inputs in turn, whose partial results lie at the same addresses: the same bits."""
+    import torch
+
+    caches = [Cache(case, device, seed) for seed in (0, 1)]
+    wanted = [cache.call() for cache in caches]
+    for i in range(100):
+        _same(caches[i % 2].call(), wanted[i % 2], f"in call {i} of two inputs in turn")
+    torch.cuda.synchronize()
+    no_errors(device)
+    return "100 calls of two inputs in turn, bitwise equal"
+
+
+def check_graphs_at_once(case: Cached, device: Any) -> str:
+    """Two graphs captured on one stream, replayed on two at once, give what eager calls give."""
+    import torch
+
+    caches = [Cache(dataclasses.replace(case, new=0), device, seed) for seed in (0, 1)]
+    wanted = [cache.call() for cache in caches]
+    graphs, results = [], []
+    for cache in caches:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append([cache.call() for _ in range(8)])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in caches]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for i, kept in enumerate(results):
+        for result in kept:
+            _same(result, wanted[i], f"between graph {i} and the eager call")
+    no_errors(device)
+    return "2 graphs of 8 calls, 20 replays on 2 streams at once, bitwise equal"
+
+
+def check_counter_control(case: Cached, device: Any) -> str:
+    """A count that is never reached is seen; and calls leave the counters zeroed."""
+    import torch
+
+    from attn_ladder import decode
+
+    cache = Cache(case, device)
+    wanted = cache.call()
+    held = decode.counters(cache.q.device, 1)
+    if bool(held.any()):
+        raise Failed("a call left counters that are not zero")
+    held.fill_(2**20)
+    with poisoned():
+        wrong = cache.call()
+    held.zero_()
+    if all(torch.equal(a, b) for a, b in zip(wrong, wanted, strict=True)):
+        raise Failed("a wrong count gave the same bits, so equal bits show nothing")
+    _same(cache.call(), wanted, "after the counters were zeroed")
+    return "a wrong count gives another result, a call leaves zeros"
+
+
 def check_operators(device: Any) -> str:
     """`opcheck` of the operators, and a compiled append without graph breaks."""
     import torch
@@ -631,12 +693,16 @@ def checks(device: Any, tiny: bool) -> dict[str, Callable[[], str]]:
         )
     named["invariance, control"] = lambda: check_policy_differs(spans[0], device)
     named["error flag"] = lambda: check_flag(device)
+    control = dataclasses.replace(spans[0], lens=spans[0].lens[:1])
+    named["counters, control"] = lambda: check_counter_control(control, device)
     named["refusals"] = lambda: check_refusals(device)
     if not tiny:
         paged = dataclasses.replace(APPEND, page=64)
         named["graph"] = lambda: check_graph(APPEND, device)
         named["graph, pages of 64"] = lambda: check_graph(paged, device)
         named["streams"] = lambda: check_streams(APPEND, device)
+        named["streams, graphs"] = lambda: check_graphs_at_once(APPEND, device)
+        named["repeats"] = lambda: check_repeats(dataclasses.replace(APPEND, new=0), device)
         named["operators"] = lambda: check_operators(device)
     return named
 
@@ -689,9 +755,16 @@ def _broken(error: BaseException) -> bool:
     return "illegal memory access" in text or "unspecified launch failure" in text
 
 
-def run_checks(report: Report, device: Any, tiny: bool, share: float = 1.0) -> bool:
-    """All checks; False where the GPU cannot be used any longer."""
+def run_checks(
+    report: Report, device: Any, tiny: bool, share: float = 1.0, wanted: tuple[str, ...] = ()
+) -> bool:
+    """The checks whose name begins with one of `wanted`; all of them where it is empty.
+
+    False where the GPU cannot be used any longer.
+    """
     for name, check in checks(device, tiny).items():
+        if wanted and not name.startswith(wanted):
+            continue
         if report.over(share):
             return True
         began = time.monotonic()
@@ -1015,40 +1088,40 @@ def time_shape(timer: Timer, pool: Pool, module: Any, shape: Shape, copy: float)
 
 
 def tune_configs(shape: Shape) -> dict[str, Any]:
-    """Tiles and split policies to try; the first is the one in use."""
+    """Tiles and split policies to try, named alike for all lengths; the first is the one in use."""
     from attn_ladder.decode import plan
 
     base = plan(1, shape.nheads, shape.nheads_k, shape.headdim)
     tiles = [(base.BLOCK_N, base.num_warps, base.num_stages, base.lanes)]
     for block_n, warps, stages, lanes in (
-        (64, 4, 3, 1), (64, 4, 4, 1), (128, 4, 3, 1), (128, 8, 3, 1),
-        (64, 4, 2, 4), (64, 4, 3, 4), (64, 4, 4, 4), (64, 4, 5, 4), (64, 8, 4, 4), (32, 2, 4, 2),
-        (32, 2, 6, 2), (128, 4, 2, 4), (128, 4, 3, 4), (128, 8, 2, 8), (128, 8, 3, 8),
+        (64, 4, 3, 1), (64, 4, 4, 1), (64, 4, 5, 1), (64, 4, 3, 4), (64, 4, 4, 4), (128, 4, 3, 1),
+        (128, 8, 3, 1), (128, 8, 3, 8), (32, 4, 5, 1),
     ):  # fmt: skip
         if (stages - 1) * block_n * shape.headdim * 4 <= 200 * 1024:
             tiles.append((block_n, warps, stages, lanes))
-    policies = [(base.max_splits, base.min_split)]
-    for max_splits in (16, 32, 64, 128):
-        for min_split in (64, 128, 256, 512):
-            policies.append((max_splits, min_split))
-    # a policy is told from another only by the length of a split
+    most = base.max_splits
+    policies = [
+        (most, base.min_split), (most, 256), (most, 512), (most // 2, 256), (most // 2, 512),
+        (most // 4, 512), (most // 4, 1024), (2 * most, 128),
+    ]  # fmt: skip
     configs: dict[str, Any] = {}
     for block_n, warps, stages, lanes in dict.fromkeys(tiles):
-        seen = set()
-        for max_splits, min_split in policies:
-            if min_split % block_n:
-                continue
-            keys = -(-shape.length // max_splits)
-            keys = max(min_split, -(-keys // block_n) * block_n)
-            if keys in seen:
-                continue
-            seen.add(keys)
-            name = f"n{block_n}-w{warps}-s{stages}-l{lanes}-split{keys}"
-            configs[name] = dataclasses.replace(
-                base, BLOCK_N=block_n, num_warps=warps, num_stages=stages, max_splits=max_splits,
-                min_split=min_split, lanes=lanes,
-            )  # fmt: skip
+        for max_splits, min_split in dict.fromkeys(policies):
+            if max_splits and min_split % block_n == 0:
+                name = f"n{block_n}-w{warps}-s{stages}-l{lanes} {max_splits}x{min_split}"
+                configs[name] = dataclasses.replace(
+                    base, BLOCK_N=block_n, num_warps=warps, num_stages=stages, lanes=lanes,
+                    max_splits=max_splits, min_split=min_split,
+                )  # fmt: skip
     return configs
+
+
+def same_splits(shape: Shape, config: Any) -> tuple[int, ...]:
+    """Equal for configurations that a shape does not tell apart."""
+    keys = -(-shape.length // config.max_splits)
+    keys = max(config.min_split, -(-keys // config.BLOCK_N) * config.BLOCK_N)
+    return (config.BLOCK_N, config.num_warps, config.num_stages, config.lanes,
+            min(keys, shape.length))  # fmt: skip
 
 
 def in_parallel(tasks: list[Callable[[], Any]]) -> list[str]:
@@ -1065,19 +1138,76 @@ def in_parallel(tasks: list[Callable[[], Any]]) -> list[str]:
         return [text for text in pool.map(attempt, tasks) if text is not None]
 
 
-def tune_shape(timer: Timer, pool: Pool, module: Any, shape: Shape) -> dict[str, Any]:
-    """Median time of every candidate, and of FA3's own choice in the same rounds."""
+def tune_shape(
+    timer: Timer, pool: Pool, module: Any, shape: Shape, best: str | None = None
+) -> dict[str, Any]:
+    """Median time of every candidate, and of FA3's `best` configuration in the same rounds."""
     errors: dict[str, str] = {}
-    calls = {name: with_config(pool, shape, c) for name, c in tune_configs(shape).items()}
-    in_use = next(iter(calls))
+    configs = tune_configs(shape)
+    measured: dict[tuple[int, ...], str] = {}
+    for name, config in configs.items():
+        measured.setdefault(same_splits(shape, config), name)
+    calls = {name: with_config(pool, shape, configs[name]) for name in measured.values()}
     if not isinstance(module, Exception):
-        calls["fa3 auto"] = fa3(module, pool, shape, {})
+        calls["fa3"] = fa3(module, pool, shape, fa3_configs(shape).get(best or "auto", {}))
     found = timer.measure(runnable(calls, errors), TUNE_ROUNDS)
-    us = {name: row["median_us"] for name, row in found.items()}
+    us = {
+        name: found[measured[same_splits(shape, config)]]["median_us"]
+        for name, config in configs.items()
+        if measured[same_splits(shape, config)] in found
+    }
     return {
-        "shape": shape.id, **dataclasses.asdict(shape), "in_use": in_use, "errors": errors,
+        "shape": shape.id, **dataclasses.asdict(shape), "in_use": next(iter(configs)),
+        "errors": errors, "fa3_config": best or "auto",
+        "fa3_us": found["fa3"]["median_us"] if "fa3" in found else None,
+        "measured": [name for name in measured.values() if name in found],
         "us": dict(sorted(us.items(), key=lambda item: item[1])),
     }  # fmt: skip
+
+
+def tune_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Of each shape the best candidates and the one in use, in µs and FA3's time over theirs; of
+    each kind of heads the candidates of the best mean ratio, with the least one."""
+    lines: list[str] = []
+    kinds: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "us" not in row:
+            lines.append(f"tune {row['shape']}: {row.get('error')}")
+            continue
+        us, peer = row["us"], row["fa3_us"]
+
+        def told(name: str, us: Any = us, peer: Any = peer) -> str:
+            if name not in us:
+                return f"{name} -"
+            return f"{name} {us[name]:.1f}" + (f" ({peer / us[name]:.3f})" if peer else "")
+
+        best = [name for name in us if name in row["measured"]][:6]
+        lines.append(
+            f"tune {row['shape']}: FA3 {row['fa3_config']} {peer}, in use {told(row['in_use'])}; "
+            f"{'; '.join(map(told, best))}" + (f"; errors {row['errors']}" if row["errors"] else "")
+        )
+        kinds.setdefault((row["nheads"], row["nheads_k"], row["headdim"]), []).append(row)
+    for (nheads, nheads_k, headdim), group in kinds.items():
+        group = [row for row in group if row["fa3_us"]]
+        names = (
+            [name for name in group[0]["us"] if all(name in row["us"] for row in group)]
+            if group
+            else []
+        )
+        scores = {}
+        for name in names:
+            ratios = [row["fa3_us"] / row["us"][name] for row in group]
+            scores[name] = (statistics.geometric_mean(ratios), min(ratios))
+        ranked = sorted(scores, key=lambda name: -scores[name][0])
+        shown = dict.fromkeys(ranked[:8] + [row["in_use"] for row in group[:1]])
+        for name in shown:
+            if name in scores:
+                mean, least = scores[name]
+                lines.append(
+                    f"tune h{nheads}-k{nheads_k}-d{headdim} {name}: mean {mean:.3f}, "
+                    f"least {least:.3f}"
+                )
+    return lines
 
 
 def warm(pool: Pool, shapes: list[Shape], pages: bool, tune: bool) -> list[str]:
@@ -1090,7 +1220,7 @@ def warm(pool: Pool, shapes: list[Shape], pages: bool, tune: bool) -> list[str]:
             tasks[kind, page] = lambda task=task: task(0)  # type: ignore[misc]
         for config in tune_configs(shape).values() if tune else ():
             key = (config.BLOCK_N, config.num_warps, config.num_stages, config.lanes)
-            split = shape.length > config.min_split
+            split = same_splits(shape, config)[-1] < shape.length
             task = with_config(pool, shape, config)
             tasks[kind, key, split] = lambda task=task: task(0)  # type: ignore[misc]
     return in_parallel(list(tasks.values()))
@@ -1110,11 +1240,16 @@ def run_timing(report: Report, module_name: str, parts: list[str], shapes: list[
     report.data["compile_s"] = round(time.monotonic() - began, 2)
     copy = copy_bytes_per_s(timer)
     report.data["copy_bytes_per_s"] = copy
+
+    def best_of(shape: Shape) -> str | None:
+        rows = [row for row in report.data["decode"] if row["shape"] == shape.id]
+        return rows[0].get("fa3_best") if rows else None
+
     steps: list[tuple[str, Callable[[Shape], dict[str, Any]]]] = []
     if "time" in parts:
         steps.append(("decode", lambda shape: time_shape(timer, pool, module, shape, copy)))
     if "tune" in parts:
-        steps.append(("tune", lambda shape: tune_shape(timer, pool, module, shape)))
+        steps.append(("tune", lambda shape: tune_shape(timer, pool, module, shape, best_of(shape))))
     for part, step in steps:
         for shape in shapes:
             if report.over():
@@ -1166,13 +1301,7 @@ def table(data: dict[str, Any]) -> str:
     for small, name in ((True, "K and V under 64 MB"), (False, "larger")):
         if group := [ratio for is_small, ratio in ratios if is_small is small]:
             lines.append(f"{name}: median {statistics.median(group):.3f}, least {min(group):.3f}")
-    for row in data["tune"]:
-        if "us" not in row:
-            lines.append(f"tune {row['shape']}: {row.get('error')}")
-            continue
-        base, peer = row["us"].get(row["in_use"]), row["us"].get("fa3 auto")
-        best = [f"{name} {us:.2f}" for name, us in list(row["us"].items())[:4]]
-        lines.append(f"tune {row['shape']}: in use {base}, FA3 auto {peer}; {'; '.join(best)}")
+    lines += tune_lines(data["tune"])
     for key in ("fa3", "compile_errors", "error", "stopped"):
         if data.get(key):
             lines.append(f"{key}: {data[key]}")
@@ -1198,6 +1327,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="stop after so many")
     parser.add_argument("--parts", default="check,time", help="of check, time, tune")
     parser.add_argument("--shapes", default="", help="only shapes whose id contains one of these")
+    parser.add_argument(
+        "--checks", default="", help="only checks whose name begins with one of these"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument(
         "--fa3", default=os.environ.get("ATTN_LADDER_FA3_MODULE", "fa3_fwd_interface")
@@ -1222,7 +1354,8 @@ def main(arguments: list[str] | None = None) -> int:
                 compile_checks(options.device)
                 report.data["compile_checks_s"] = round(report.elapsed(), 2)
             share = 0.6 if {"time", "tune"} & set(parts) else 1.0
-            usable = run_checks(report, options.device, tiny, share)
+            chosen = tuple(text for text in options.checks.split(",") if text)
+            usable = run_checks(report, options.device, tiny, share, chosen)
         if usable and not tiny and {"time", "tune"} & set(parts):
             run_timing(report, options.fa3, parts, shapes)
     except Exception as error:
