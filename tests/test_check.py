@@ -184,6 +184,43 @@ def test_out_of_memory_and_cuda_errors_are_told_apart():
     assert not check.poisons_process(ValueError("headdim=3"))
 
 
+def test_a_check_waits_for_memory_that_others_hold():
+    tries, waits = [], []
+
+    def fits_the_third_time():
+        tries.append(1)
+        if len(tries) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "right"
+
+    def wait():
+        waits.append(1)
+
+    assert check.patiently(fits_the_third_time, lambda: True, wait) == "right"
+    assert len(tries) == 3 and len(waits) == 2
+
+    def never():
+        tries.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tries.clear()
+    with pytest.raises(torch.OutOfMemoryError):  # alone on the GPU
+        check.patiently(never, lambda: False, wait)
+    assert len(tries) == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        check.patiently(never, lambda: True, wait)
+    assert len(tries) == 1 + check.PATIENCE + 1
+
+    def broken():
+        tries.append(1)
+        raise ValueError("something else")
+
+    tries.clear()
+    with pytest.raises(ValueError, match="something else"):
+        check.patiently(broken, lambda: True, wait)
+    assert len(tries) == 1
+
+
 @pytest.mark.parametrize("what", ["out", "lse"])
 def test_a_run_that_gives_other_bits_is_found(what):
     calls = 0
@@ -197,9 +234,12 @@ def test_a_run_that_gives_other_bits_is_found(what):
             changed.view(-1)[3] += 0.01
         return out, lse
 
+    assert check.QUEUED > 20  # so the look at the end finds it
     assert check.repeated(torch, SMALL, drifts, 0, "cpu", 20) == 4
     calls = 10
     assert check.repeated(torch, SMALL, drifts, 0, "cpu", 20) == 20
+    calls = 0
+    assert check.repeated(torch, SMALL, drifts, 0, "cpu", 2 * check.QUEUED) == 4
 
 
 def test_stages_are_repeated_on_problems_of_every_kind():

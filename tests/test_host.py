@@ -8,6 +8,7 @@ import pytest
 import torch
 from fake_gpu import SMALL, FakeMachine, fake_gpu, timed
 
+from attn_ladder.stage import load
 from attn_profiling import host, record, settings
 from attn_profiling.inputs import Rotation, bound
 from attn_profiling.launches import MeasureError
@@ -227,6 +228,8 @@ def test_the_top_stage_is_called_as_users_call_it(monkeypatch):
     assert host.entry_of(module)(1, 2, 3, causal=True) == ("public", True)
     other = SimpleNamespace(__name__="attn_ladder.stage4_pipeline", forward="own")
     assert host.entry_of(other) == "own"
+    dosed = load("control_launch.4")  # no module but what a variant makes of one
+    assert host.entry_of(dosed) == dosed.forward
 
 
 def test_a_backend_is_selected_around_the_calls_not_in_them():

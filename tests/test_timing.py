@@ -21,6 +21,11 @@ from attn_profiling.workers import WorkerDied
 MEASURING = Measuring(processes=2, rounds=6, warmup_rounds=1, gap_us=400, sustained_ms=5)
 
 
+@pytest.fixture(autouse=True)
+def short_preheat(monkeypatch):
+    monkeypatch.setattr(bursts, "PREHEAT_MS", 5.0)
+
+
 def stream(*names):
     """Activities one after another, each 10 µs long and 1 µs apart."""
     return [Activity(name, 11_000 * i, 10_000) for i, name in enumerate(names)]
@@ -181,6 +186,24 @@ def test_bursts_come_from_a_graph_or_say_that_they_do_not():
     assert result["samples"]["fa3"]["launch"] == "eager"
     assert "changed less than twice" in result["samples"]["fa3"]["energy_note"]
     assert result["samples"]["fa3"]["energy_mj"] == [None, None]
+
+
+@pytest.mark.parametrize(("preheat_ms", "settled"), [(60.0, True), (0.0, False)])
+def test_the_dip_of_the_clock_at_the_start_of_load_does_not_count(monkeypatch, preheat_ms, settled):
+    monkeypatch.setattr(bursts, "PREHEAT_MS", preheat_ms)
+    machine = FakeMachine()
+    machine.captures = False  # so that every call is made
+    made = 0
+
+    def call(q, k, v, *, causal):
+        nonlocal made
+        made += 1
+        machine.kernel("attention", 150 if made < 300 else 100)
+        return right(q, k, v, causal=causal)
+
+    module = SimpleNamespace(forward=call)
+    times = measure(machine, {"stage1": module}, "sustained")["samples"]["stage1"]["gpu_us"]
+    assert (times == pytest.approx([100, 100])) == settled
 
 
 def test_a_graph_whose_kernels_the_profiler_loses_is_replaced_by_calls():

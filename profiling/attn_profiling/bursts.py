@@ -1,5 +1,9 @@
 """Bursts of calls back to back, for the regime in which clock and power settle.
 
+The bursts of a process on a problem follow each other after a second of load that does not count:
+the GPU answers the first 0.6 s of it with a dip of its clock (run r4: the third burst of 0.3 s was
+7 % slower than the others, whoever it was of), and settles then.
+
 A burst replays a CUDA graph of calls at different addresses; where a subject cannot be captured, or
 the profiler loses the kernels of its graph, it makes plain calls, and the record says so.
 """
@@ -31,7 +35,8 @@ from attn_profiling.launches import (
 from attn_profiling.machine import Machine
 from attn_profiling.settings import Measuring
 
-LEAD_IN = 0.25  # part of a burst that settles the clock and does not count
+PREHEAT_MS = 1000.0  # load before the first burst that counts
+LEAD_IN = 0.1  # part of a burst that settles on its subject and does not count
 GRAPH_US = 10_000.0  # length of one graph replay
 SPIN_US = 500.0  # before a burst, while the host enqueues its first replays
 POLL_S = 0.004
@@ -132,35 +137,40 @@ class LostKernels(ActivityError):
         self.subjects = list(counts)
 
 
-def burst_round(
+def burst_session(
     machine: Machine,
     gpu: Gpu,
     repeaters: Mapping[str, Repeater],
-    order: list[str],
+    rounds: list[list[str]],
     usual_us: Mapping[str, float],
     kernels: Mapping[str, int],
     ms: float,
-) -> dict[str, tuple[Burst, tuple[Activity, ...]]]:
-    """A burst of each subject in one profiler session: what NVML said, and the counted kernels."""
-    bursts: dict[str, Burst] = {}
+) -> list[tuple[str, Burst, tuple[Activity, ...]]]:
+    """A burst of each subject in each round, preheated, in one profiler session.
+
+    Of each in turn: the subject, what NVML said, and the counted kernels.
+    """
+    heat = rounds[0]
+    plan = [(name, PREHEAT_MS / len(heat)) for name in heat]
+    plan += [(name, ms) for order in rounds for name in order]
+    bursts: list[Burst] = []
     with machine.recorded() as activities:
-        for name in order:
+        for name, length in plan:
             repeat = repeaters[name]
-            whole = max(4, math.ceil(ms * 1000 / (usual_us[name] * repeat.calls)))
+            whole = max(4, math.ceil(length * 1000 / (usual_us[name] * repeat.calls)))
             lead = max(1, round(LEAD_IN * whole))
-            bursts[name] = Burst(replays=whole - lead, lead=lead)
-            bursts[name].run(machine, gpu, repeat)
+            bursts.append(Burst(replays=whole - lead, lead=lead))
+            bursts[-1].run(machine, gpu, repeat)
     calls = split(activities, machine.flush_kernel, machine.spin_kernel)
-    if len(calls) != len(order):
-        raise ActivityError(f"{len(order)} bursts were made, the records show {len(calls)}")
-    counted, lost = {}, {}
-    for name, call in zip(order, calls, strict=True):
-        burst = bursts[name]
+    if len(calls) != len(plan):
+        raise ActivityError(f"{len(plan)} bursts were made, the records show {len(calls)}")
+    counted, lost = [], {}
+    for (name, _), burst, call in list(zip(plan, bursts, calls, strict=True))[len(heat) :]:
         one_replay = repeaters[name].calls * kernels[name]
         made = (burst.lead + burst.replays) * one_replay
         if len(call.activities) != made:
             lost[name] = (made, len(call.activities))
-        counted[name] = (burst, call.activities[burst.lead * one_replay :])
+        counted.append((name, burst, call.activities[burst.lead * one_replay :]))
     if lost:
         raise LostKernels(lost)
     return counted
@@ -177,7 +187,7 @@ def sustained(
     """All bursts of one process on one problem.
 
     `distinct`: how many sets of inputs there are. Returns the samples, and of each subject the
-    output of the last burst, whose memory was poisoned before it, with its inputs' number.
+    output of the last burst, whose memory was poisoned before the first, with its inputs' number.
     """
     names = list(subjects)
     plan = shuffled(names, 3, rng)
@@ -187,29 +197,27 @@ def sustained(
     kernels = {n: sum(kinds[n].values()) for n in names}
     repeaters = {n: Repeater(machine, subjects[n], usual[n], distinct) for n in names}
     samples = {n: Samples(kernels=kinds[n]) for n in names}
-    for round_number in range(measuring.sustained_bursts):
-        if round_number == measuring.sustained_bursts - 1:
-            for repeat in repeaters.values():
-                repeat.poison()
-        order = rng.sample(names, len(names))
-        lost = Counter[str]()
-        for session in range(SESSIONS):
-            try:
-                found = burst_round(
-                    machine, gpu, repeaters, order, usual, kernels, measuring.sustained_ms
-                )
-                break
-            except ActivityError as error:
-                if session == SESSIONS - 1:
-                    raise
-                for name in error.subjects if isinstance(error, LostKernels) else ():
-                    lost[name] += 1
-                    if lost[name] == 2:
-                        repeaters[name].go_eager()
-        for n, (burst, counted) in found.items():
-            if by_name(a.name for a in counted[: kernels[n]]) != kinds[n]:
-                raise Unsteady(n, "it launched other kernels in a burst than in single calls")
-            _add(samples[n], machine, burst, repeaters[n].calls, counted)
+    for repeat in repeaters.values():
+        repeat.poison()
+    rounds = [rng.sample(names, len(names)) for _ in range(measuring.sustained_bursts)]
+    lost = Counter[str]()
+    for session in range(SESSIONS):
+        try:
+            found = burst_session(
+                machine, gpu, repeaters, rounds, usual, kernels, measuring.sustained_ms
+            )
+            break
+        except ActivityError as error:
+            if session == SESSIONS - 1:
+                raise
+            for name in error.subjects if isinstance(error, LostKernels) else ():
+                lost[name] += 1
+                if lost[name] == 2:
+                    repeaters[name].go_eager()
+    for n, burst, counted in found:
+        if by_name(a.name for a in counted[: kernels[n]]) != kinds[n]:
+            raise Unsteady(n, "it launched other kernels in a burst than in single calls")
+        _add(samples[n], machine, burst, repeaters[n].calls, counted)
     for n, sample in samples.items():
         sample.launch = repeaters[n].launch
         if None in sample.energy_mj:

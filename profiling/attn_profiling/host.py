@@ -23,6 +23,7 @@ from typing import Any
 from attn_ladder.problem import Problem
 from attn_ladder.stage import kernel_hash
 from attn_profiling.check import explain, gate, poisons_process
+from attn_profiling.compile_cache import forget_hashes
 from attn_profiling.guard import Guard
 from attn_profiling.inputs import Rotation, bound
 from attn_profiling.launches import MeasureError
@@ -160,7 +161,7 @@ def portions(count: int) -> list[tuple[int, int]]:
 def entry_of(module: Any) -> Callable[..., Any]:
     """What a user calls: a subject's `forward`, or the public function that runs the top stage."""
     forward: Callable[..., Any] = module.forward
-    if module.__name__ == "attn_ladder.stage5_everything":
+    if getattr(module, "__name__", None) == "attn_ladder.stage5_everything":
         from attn_ladder import attention
 
         def forward(q: Any, k: Any, v: Any, *, causal: bool, config: None = None) -> Any:
@@ -197,6 +198,7 @@ def work(subjects: list[str]) -> None:
                 original = name.split("#")[0]
                 config = entry["chosen"].get(original)
                 call = bound(entry_of(modules[original]), rotation, problem.causal, config)
+                forget_hashes()
                 session = getattr(modules[original], "session", nullcontext)
                 costs[name] = HostCost(machine, call, count, session)
             gc.collect()

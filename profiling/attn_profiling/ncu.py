@@ -362,10 +362,12 @@ def _call_each(problem: Problem, subjects: list[str], chosen: Mapping[str, Any],
     import torch
 
     from attn_ladder.stage import load
+    from attn_profiling.compile_cache import forget_hashes
     from attn_profiling.inputs import Rotation, bound
 
     rotation = Rotation(torch, problem, 2, seed, "cuda")
     for name in subjects:
+        forget_hashes()
         try:
             call = bound(load(name).forward, rotation, problem.causal, chosen.get(name))
             call(0)

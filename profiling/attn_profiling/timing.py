@@ -23,6 +23,7 @@ from typing import Any
 from attn_ladder.problem import Problem
 from attn_profiling.bursts import sustained
 from attn_profiling.check import Oracle, explain, gate, poisons_process, sampled_heads
+from attn_profiling.compile_cache import forget_hashes
 from attn_profiling.device import Gpu, open_gpu
 from attn_profiling.guard import Guard, poison_recycled
 from attn_profiling.inputs import Rotation, bound
@@ -126,6 +127,7 @@ def measure_problem(
 
     calls: dict[str, Subject] = {}
     for name, module in modules.items():
+        forget_hashes()
         try:
             candidates = getattr(module, "candidates", None)
             if name in chosen:
