@@ -12,7 +12,7 @@ SETUP = $(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed and not on PATH (o
 	attn_profiling.environment --venv $(VENV) --lock $(LOCK)
 SNAKEMAKE = $(VENV)/bin/snakemake --cores $(CORES) --workflow-profile config/profiles/default
 
-.PHONY: all results measure verify container promote test lint lock readme clean
+.PHONY: all results measure verify container promote keep test lint lock readme clean
 .DEFAULT_GOAL := all
 
 all:
@@ -27,7 +27,7 @@ measure:
 	@$(SETUP)
 	$(SNAKEMAKE) measure --config tier=measure $(if $(RUN),run=$(RUN)) $(ARGS)
 
-verify promote: RUN_GIVEN = $(if $(RUN),,$(error name the run: make $@ RUN=<id>, a folder of runs/))
+verify promote keep: RUN_GIVEN = $(if $(RUN),,$(error name the run: make $@ RUN=<id>, a folder of runs/))
 verify:
 	@$(RUN_GIVEN)$(SETUP)
 	$(SNAKEMAKE) verify --config run=$(RUN) $(ARGS)
@@ -35,6 +35,10 @@ verify:
 promote:
 	@$(RUN_GIVEN)$(SETUP)
 	$(VENV)/bin/attn-profiling promote --run runs/$(RUN)
+
+keep:
+	@$(RUN_GIVEN)$(SETUP)
+	$(VENV)/bin/attn-profiling keep --run runs/$(RUN)
 
 container:
 	@$(SETUP)

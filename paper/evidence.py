@@ -60,8 +60,8 @@ class Predicted:
 
 
 class Evidence:
-    """metrics.csv, speedups.csv, verdicts.csv and provenance.json of one run, the problems, and
-    the predictions beside the constraints."""
+    """metrics.csv, speedups.csv, verdicts.csv, replications.csv and provenance.json of one run,
+    the problems, and the predictions beside the constraints."""
 
     def __init__(self, results: Path, problems: Path, constraints: Path) -> None:
         self.provenance: dict[str, Any] = json.loads((results / "provenance.json").read_text())
@@ -88,6 +88,8 @@ class Evidence:
             for row in (verdict.read_rows(self._predictions) if self._predictions.is_file() else ())
             if row["device"] == self.provenance["device"]
         }
+        kept = results / "replications.csv"
+        self.replications = verdict.read_rows(kept) if kept.is_file() else []
         measured = {key[2] for key in self._metrics}
         self.subjects = [name for name in stage.subjects() if name in measured]
 

@@ -143,6 +143,14 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         put(f"{measuring[name]:g}" if name in measuring else MISSING, "measuring", name)
     put(f"{100 * measuring.get('aa_tolerance', 0.01):g}", "measuring tolerance percent")
     put(str(len(evidence.suite("grid"))), "grid problems")
+    again = evidence.replications
+    put(str(len({row["run"] for row in again})), "replication runs")
+    put(str(len({row["gpu_uuid"] for row in again} - {r["recorded_gpu_uuid"] for r in again})),
+        "replication boards")  # fmt: skip
+    put(str(len(again)), "replication ratios")
+    put(str(sum(row["verdict"] == "PASS" for row in again)), "replication passed")
+    moved = [abs(float(row["change"])) for row in again if row["change"]]
+    put(text(Value(100 * max(moved)) if moved else None, 2), "replication worst percent")
     put(top[-1], "top stage")
     for regime in ("spaced", "sustained"):
         put(_count(evidence, "grid", regime, True), "conclusive", regime)

@@ -1,6 +1,7 @@
 # From the raw files to the paper, without a GPU: tidy tables, verdicts, LaTeX, notebook, report, PDF.
 from attn_ladder.stage import subjects
 
+from attn_profiling.replication import home
 from attn_profiling.sources import SERVING, source_hash
 
 LOGS = "results/logs"
@@ -8,6 +9,7 @@ TIDY = expand("results/{name}", name=["metrics.csv", "speedups.csv", "provenance
 EVIDENCE = [
     *TIDY,
     "results/verdicts.csv",
+    "results/replications.csv",
     config["problems"],
     config["constraints"],
     *(
@@ -20,7 +22,7 @@ EVIDENCE = [
 TABLES = expand(
     "paper/generated/{name}.tex",
     name="grid grid_fp16 grid256 grid_stages ladder variants which_fa3 locks published constraints verdicts criteria witnesses stalls host regimes"
-    " roofline prediction predictions decode tokens token_differences serving_speed checks left_out stages".split(),
+    " roofline prediction predictions decode tokens token_differences serving_speed checks replication left_out stages".split(),
 )
 FIGURES = expand(
     "paper/generated/{name}.pdf",
@@ -32,8 +34,9 @@ RESULTS = [
     *TABLES,
     *FIGURES,
     NUMBERS,
-    *expand("results/{name}", name=["verdicts.csv", "model.csv", "explore.ipynb", "report.html"]),
+    *expand("results/{name}", name=["verdicts.csv", "replications.csv", "model.csv", "explore.ipynb", "report.html"]),
 ]
+REPLICATIONS = sorted(str(p) for p in home(config["device"]).glob("*/*/*.json"))
 LOOK_UP = f"--problems {config['problems']} --constraints {config['constraints']}"
 
 
@@ -75,6 +78,23 @@ rule verdict:
     shell:
         "{params.tool} verdict --metrics {input[0]} --speedups {input[1]} --provenance {input[2]}"
         " --constraints {params.constraints} --out {output} 2>&1 | tee {log}"
+
+
+rule replications:
+    input:
+        PLAN.raw_files,
+        REPLICATIONS,
+        expand("profiling/attn_profiling/{name}.py", name=["replication", "stats", "verify"]),
+        IMAGE,
+    output:
+        "results/replications.csv",
+    log:
+        f"{LOGS}/replications.log",
+    params:
+        tool=cmd("attn-profiling"),
+        options=f"--raw {RAW} --device {config['device']}",
+    shell:
+        "{params.tool} replications {params.options} --out {output} 2>&1 | tee {log}"
 
 
 rule tables:

@@ -32,6 +32,7 @@ SECTIONS = (
     ("Calls, clocks and energy", ("host", "regimes"), ("two_clocks",)),
     ("In use", ("decode", "tokens", "token_differences", "serving_speed"), ()),
     ("Correctness, and what was left out", ("checks", "left_out"), ()),
+    ("Measured again", ("replication",), ()),
 )  # fmt: skip
 
 TITLES = {
@@ -59,6 +60,7 @@ TITLES = {
     "token_differences": "Where tokens differ",
     "serving_speed": "Tokens a second",
     "checks": "The green gate",
+    "replication": "The recorded ratios in other runs",
     "left_out": "In the record, not in the tables",
     "ratio": "Speed over FA3",
     "two_clocks": "Two ways of timing: events minus activity records",

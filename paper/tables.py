@@ -1013,6 +1013,40 @@ def left_out(evidence: Evidence) -> Table:
     )
 
 
+def replication(evidence: Evidence) -> Table:
+    """The recorded ratios beside those of other runs."""
+    rows, rules, last = [], set(), None
+    for row in evidence.replications:
+        if last not in (None, (row["run"], row["suite"], row["regime"])):
+            rules.add(len(rows))
+        last = (row["run"], row["suite"], row["regime"])
+        change = "–"
+        if row["change"]:
+            value, low, high = (100 * float(row[name]) for name in ("change", "low", "high"))
+            change = interval(Value(value, low, high), 2)
+        told = f"{row['verdict']}: {row['note']}"
+        cells = [row["run"], row["suite"], row["regime"], label(row["subject"])]
+        rows.append([*cells, row["recorded"], row["fresh"], change, told])
+    boards = {(r["run"], r["gpu_uuid"] == r["recorded_gpu_uuid"]) for r in evidence.replications}
+    where = "; ".join(
+        f"run {run} is of {'the same' if same else 'another'} board" for run, same in sorted(boards)
+    )
+    tolerance = {f"{100 * float(r['tolerance']):g} %" for r in evidence.replications}
+    note = (
+        "Median over problems of FA3's GPU time over the subject's (cuDNN's where there is no FA3),"
+        " and the relative change of that ratio in percent, paired by problem, with its 95 %"
+        f" interval. PASS: all of it within {', '.join(sorted(tolerance))}. {where}."
+    )
+    return Table(
+        ["run", "suite", "regime", "subject", "recorded", "again", "change, %", "verdict"],
+        rows,
+        note if rows else "No other run is kept.",
+        rules=frozenset(rules),
+        align="llllrrrp{0.25\\linewidth}",
+        labels=4,
+    )
+
+
 TABLES: dict[str, Callable[[Evidence], Table]] = {
     "grid": grid,
     "grid_fp16": lambda evidence: grid(evidence, "grid_fp16"),
@@ -1038,6 +1072,7 @@ TABLES: dict[str, Callable[[Evidence], Table]] = {
     "token_differences": in_use.token_differences,
     "serving_speed": in_use.serving_speed,
     "checks": checks,
+    "replication": replication,
     "left_out": left_out,
 }
 

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake_gpu import SMALL, right
+from fake_gpu import SMALL, FakeMachine, right
 
 from attn_ladder.problem import Problem, read_problems
 from attn_profiling import check, record, workers
 from attn_profiling.check import NotChecked, check_subject, gate, sampled_heads
+from attn_profiling.elsewhere import CALLS, REPLAYS, CannotCapture, in_graph, on_streams
+from attn_profiling.inputs import draw
 from attn_profiling.workers import Worker, WorkerDied
 
 LARGE = Problem(
@@ -242,6 +244,16 @@ def test_a_run_that_gives_other_bits_is_found(what):
     assert check.repeated(torch, SMALL, drifts, 0, "cpu", 2 * check.QUEUED) == 4
 
 
+def test_a_run_that_leaves_what_was_in_memory_is_found():
+    results = []
+
+    def skips(q, k, v, *, causal):
+        results.append(right(q, k, v, causal=causal) if len(results) < 2 else results[-1])
+        return results[-1]
+
+    assert check.repeated(torch, SMALL, skips, 0, "cpu", 20) == 2
+
+
 def test_stages_are_repeated_on_problems_of_every_kind():
     problems = list(read_problems(check_problems()).values())
     repeated = {p.id: p for p in problems if p.id in check.to_repeat("stage5", problems)}
@@ -250,6 +262,244 @@ def test_stages_are_repeated_on_problems_of_every_kind():
         (headdim, causal) for headdim in (64, 128) for causal in (False, True)
     }
     assert check.to_repeat("fa3", problems) == check.to_repeat("fast_exp", problems) == []
+
+
+# -- on two streams and in a CUDA graph
+
+
+class Streams:
+    """Two streams; what was called since the last synchronize may still run on any of them."""
+
+    def __init__(self):
+        self.current, self.running, self.waits = "default", [], 0
+        self.two = [self.Stream(self, "a"), self.Stream(self, "b")]
+
+    class Stream:
+        def __init__(self, streams, name):
+            self.streams, self.name = streams, name
+
+        def __enter__(self):
+            self.streams.current = self.name
+
+        def __exit__(self, *args):
+            self.streams.current = "default"
+
+    def synchronize(self):
+        self.waits += 1
+        self.running.clear()
+
+
+def calling(forward):
+    inputs = draw(torch, SMALL, 0, "cpu")
+    return lambda: forward(*inputs, causal=SMALL.causal)
+
+
+def with_counter(streams, shared):
+    """A subject that counts its tiles in memory that it shares among streams, or does not."""
+
+    def forward(q, k, v, *, causal):
+        out, lse = right(q, k, v, causal=causal)
+        if shared and any(other != streams.current for other in streams.running):
+            out[-1, -1] = 0  # the counter was not at 0, so the last tile is left out
+        streams.running.append(streams.current)
+        return out, lse
+
+    return forward
+
+
+def test_a_subject_that_shares_a_counter_among_streams_is_found():
+    streams = Streams()
+    call = calling(with_counter(streams, shared=False))
+    assert on_streams(torch, call, streams.two, streams.synchronize) is None
+    assert streams.waits == 2  # before the first and after the last: none between
+    assert len(set(streams.running)) == 0
+
+    streams = Streams()
+    made = calling(with_counter(streams, shared=True))
+    found = on_streams(torch, made, streams.two, streams.synchronize)
+    assert (
+        found == f"call 2 of {2 * CALLS}, on 2 streams in turn, gave other bits than a call alone"
+    )
+
+
+@pytest.mark.parametrize("what", [0, 1])
+def test_the_last_call_on_a_stream_is_compared_too(what):
+    streams, calls = Streams(), []
+
+    def drifts(q, k, v, *, causal):
+        calls.append(streams.current)
+        found = right(q, k, v, causal=causal)
+        if len(calls) == 1 + 2 * CALLS:
+            found[what].view(-1)[3] += 0.01
+        return found
+
+    found = on_streams(torch, calling(drifts), streams.two, streams.synchronize)
+    assert found.startswith(f"call {2 * CALLS} of {2 * CALLS}")
+    assert calls == ["default", *["a", "b"] * CALLS]
+
+
+def recycling(wrong_from):
+    """A subject whose outputs lie in the same memory each time, with a tile left out from the
+    given call on: without NaN in that memory the old answer would stand there."""
+    memory, calls = [], []
+
+    def forward(q, k, v, *, causal):
+        calls.append(1)
+        found = right(q, k, v, causal=causal)
+        if not memory:
+            memory.extend(found)
+        rows = slice(None) if len(calls) < wrong_from else slice(0, -1)
+        memory[0][:, rows] = found[0][:, rows]
+        memory[1].copy_(found[1])
+        return tuple(memory)
+
+    return forward
+
+
+def test_an_old_answer_in_recycled_memory_does_not_hide_a_missing_tile():
+    streams = Streams()
+    for wrong_from, message in ((1000, None), (5, "call 4 of 20")):
+        call = calling(recycling(wrong_from))
+        found = on_streams(torch, call, streams.two, streams.synchronize)
+        assert found is message or found.startswith(message)
+
+
+def test_a_subject_without_lse_is_compared():
+    streams = Streams()
+    call = calling(lambda *inputs, causal: (right(*inputs, causal=causal)[0], None))
+    assert on_streams(torch, call, streams.two, streams.synchronize) is None
+
+
+def test_replays_between_calls_are_compared():
+    waits, calls = [], []
+
+    def counting(q, k, v, *, causal):
+        calls.append(1)
+        return right(q, k, v, causal=causal)
+
+    capture = FakeMachine().capture
+    assert in_graph(torch, calling(counting), capture, lambda: waits.append(1)) is None
+    assert len(waits) == REPLAYS
+    assert len(calls) == 2 + 2 * REPLAYS  # alone, captured; in each replay, and after it
+
+
+def test_a_replay_with_stale_results_is_found():
+    machine = FakeMachine()
+    scores = []
+
+    def stale(q, k, v, *, causal):
+        """Under capture it bakes in what it had computed on other inputs."""
+        if machine.emitted is not None:
+            return right(q.flip(1), k, v, causal=causal)
+        scores.append(1)
+        return right(q, k, v, causal=causal)
+
+    expected = f"replay 1 of {REPLAYS} of a CUDA graph gave other bits than a call alone"
+    found = in_graph(torch, calling(stale), machine.capture, machine.synchronize)
+    assert found == expected and len(scores) == 2
+
+    def capture_nothing(calls):  # the output of the capture is right, the graph is empty
+        return lambda: None, calls[-1]()
+
+    assert in_graph(torch, calling(right), capture_nothing, machine.synchronize) == expected
+
+
+def test_a_replay_that_disturbs_the_next_call_is_found():
+    machine = FakeMachine()
+    left = []
+
+    def forward(q, k, v, *, causal):
+        out, lse = right(q, k, v, causal=causal)
+        if machine.emitted is not None:
+            left.append(1)  # the counter of the graph, which the next call finds
+        elif len(left) > 2:
+            out[0, 0] = 0
+        return out, lse
+
+    found = in_graph(torch, calling(forward), machine.capture, machine.synchronize)
+    assert found == f"the call after replay 2 of {REPLAYS} of a CUDA graph gave other bits"
+
+
+def test_a_failed_capture_is_told():
+    machine = FakeMachine()
+    machine.captures = False
+    with pytest.raises(CannotCapture, match="RuntimeError: operation not permitted when stream"):
+        in_graph(torch, calling(right), machine.capture, machine.synchronize)
+
+    def breaks_twice(calls):
+        try:
+            raise ValueError("the stream is waited for")
+        finally:
+            raise RuntimeError("CUDA error: previous error during capture")
+
+    with pytest.raises(CannotCapture, match="ValueError: the stream is.*, then RuntimeError: CUDA"):
+        in_graph(torch, calling(right), breaks_twice, machine.synchronize)
+
+    def no_memory(calls):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # which may be the fault of others
+        in_graph(torch, calling(right), no_memory, machine.synchronize)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """`check.elsewhere` as on a GPU, with fakes for its streams and its machine."""
+    streams, machine = Streams(), FakeMachine()
+    drawn = check.draw
+    monkeypatch.setattr(check, "draw", lambda torch, p, seed, device: drawn(torch, p, seed, "cpu"))
+    monkeypatch.setattr(check, "Machine", lambda torch, flush_factor: machine)
+    monkeypatch.setattr(machine, "synchronize", streams.synchronize)
+    monkeypatch.setattr(torch.cuda, "Stream", iter(streams.two).__next__)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    return streams, machine
+
+
+def test_calls_elsewhere_stand_in_the_row(fake_cuda):
+    streams, _ = fake_cuda
+    found = check.elsewhere(torch, SMALL, with_counter(streams, shared=False), 0)
+    assert found == check.Elsewhere(True, True)
+    row = check.result(SMALL, "x", "ok", None, other=found)
+    assert row["streams"] is True and row["graph"] is True
+    row = check.result(SMALL, "x", "unsupported", "why")
+    assert row["streams"] is None and row["graph"] is None
+
+
+def test_both_faults_elsewhere_are_told_and_a_failed_capture_ends_the_worker(fake_cuda):
+    streams, machine = fake_cuda
+    machine.captures = False
+    found = check.elsewhere(torch, SMALL, with_counter(streams, shared=True), 0)
+    assert (found.streams, found.graph, found.fatal) == (False, False, True)
+    assert "on 2 streams in turn" in found.message and "cannot be captured" in found.message
+
+
+def test_a_record_without_calls_elsewhere_is_valid(checked):
+    def older(data):
+        for row in data["results"]:
+            del row["streams"], row["graph"]
+
+    assert record.read(checked(older) / "check" / "tiny.json", "check")["results"]
+
+
+def test_calls_elsewhere_are_metrics(checked):
+    import synthetic
+
+    from attn_profiling import tidy
+
+    def compared(data):
+        data["results"][1].update(streams=True, graph=False)
+
+    run = checked(compared)
+    synthetic.Maker(run).device()
+    known = {SMALL.id: SMALL}
+    tidier = tidy.Tidier(tidy.Run(run), "replay", known)
+    tidier.checks()
+    found = {
+        (row["subject"], row["metric"]): (row["unit"], row["value"])
+        for row in tidier.tables.metrics
+        if row["metric"] in ("streams", "graph")
+    }
+    assert found == {("stage1", "streams"): ("1", 1.0), ("stage1", "graph"): ("1", 0.0)}
 
 
 # -- one subject in processes of its own

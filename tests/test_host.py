@@ -70,6 +70,42 @@ def test_graph_latency_is_measured_where_the_call_can_be_captured():
     assert found["graph_note"] is None
 
 
+def first_call_of(forward):
+    rotation = Rotation(torch, SMALL, 5, 0, "cpu")
+    machine = SlowMachine()
+    machine.captures = False
+    return host.HostCost(machine, bound(forward, rotation, True, None), 3).result()
+
+
+def test_the_first_call_is_told_with_the_wait_for_it():
+    calls = []
+
+    def forward(q, k, v, *, causal):
+        calls.append(1)
+        if len(calls) == 1:
+            sleepy(0.030)
+        return torch.empty(1), None
+
+    first = first_call_of(forward)["first_call_ms"]
+    assert first >= 32  # and 2 ms of waiting
+    assert 2 <= first_call_of(forward)["first_call_ms"] < first  # as on the next problem
+
+
+def test_what_ran_before_the_first_call_is_no_part_of_it():
+    class Busy(FakeMachine):
+        pending = 0.3  # inputs that are still drawn
+
+        def synchronize(self):
+            sleepy(self.pending)
+            self.pending = 0.0
+
+    rotation = Rotation(torch, SMALL, 5, 0, "cpu")
+    machine = Busy()
+    call = bound(timed(machine, 100).forward, rotation, True, None)
+    with torch.inference_mode():
+        assert 0 < host.HostCost(machine, call, 3).result()["first_call_ms"] < 300
+
+
 def test_portions_cover_every_sample_once():
     for count in (1, 3, 50, 299, 300):
         parts = host.portions(count)
@@ -218,6 +254,35 @@ def test_a_graph_that_failed_in_one_process_has_no_latency():
     merged = host.merge([{"samples": {"a": sample(1.0)}}, {"samples": {"a": failed}}])
     assert merged["a"]["graph_latency_us"] is None and merged["a"]["graph_note"] == "no capture"
     assert SimpleNamespace(**merged["a"]).eager_host_us == [[1.0], [1.0]]
+
+
+def test_first_calls_are_kept_per_process(suite):
+    def answer(process, entry):
+        return {"fa3": {**sample(10.0), "first_call_ms": 100.0 + process}}
+
+    data = suite(answer)
+    assert record.read(suite.folder / "host" / "gate.json", "host") == data
+    for row in data["problems"]:
+        assert row["samples"]["fa3"]["first_call_ms"] == [101.0, 102.0, 103.0]
+
+
+def test_a_record_without_first_calls_is_valid(suite):
+    """As runs were recorded before they were measured; a process without it leaves none."""
+
+    def answer(process, entry):
+        return {"fa3": {**sample(10.0), **({"first_call_ms": 1.0} if process == 2 else {})}}
+
+    data = suite(answer)
+    assert record.read(suite.folder / "host" / "gate.json", "host") == data
+    assert all("first_call_ms" not in row["samples"]["fa3"] for row in data["problems"])
+
+
+@pytest.mark.parametrize("wrong", [[], [0.0], [None], 12.3, [[12.3]]])
+def test_wrong_first_calls_are_refused(suite, wrong):
+    data = suite(lambda process, entry: {"fa3": {**sample(10.0), "first_call_ms": 1.0}})
+    data["problems"][0]["samples"]["fa3"]["first_call_ms"] = wrong
+    with pytest.raises(record.RecordError, match="first_call_ms"):
+        record.validate(data, "host", "a file")
 
 
 def test_the_top_stage_is_called_as_users_call_it(monkeypatch):

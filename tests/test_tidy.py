@@ -15,7 +15,7 @@ import pytest
 import synthetic
 
 from attn_ladder.problem import read_problems
-from attn_profiling import metrics, ncu_rep, record, tidy
+from attn_profiling import metrics, ncu_rep, record, tidy, verdict
 
 NOISY = "grid-d64-causal-s16384"
 
@@ -143,6 +143,43 @@ def test_host_costs_and_derived_shares(metric_rows):
         assert len(found) == 6 and all(float(r["value"]) > 1 for r in found)
     gain = pick(metric_rows, subject="stage3", metric="eager_gain", statistic="median")
     assert len(gain) == 7 and not pick(metric_rows, subject="stage1", metric="eager_gain")
+
+
+def test_the_first_call_is_that_of_the_slowest_process(metric_rows):
+    found = pick(metric_rows, suite="gate", subject="stage5", metric="first_call_ms")
+    assert {(r["regime"], r["unit"], r["statistic"]) for r in found} == {("-", "ms", "value")}
+    values = {r["problem"]: float(r["value"]) for r in found}
+    assert len(found) == 7 and values.pop("gate-b1") == max(synthetic.FIRST_CALL_MS)
+    assert set(values.values()) == {synthetic.LATER_CALL_MS}
+
+
+@pytest.mark.parametrize(
+    ("slowest", "said"),
+    [(500.0, verdict.SUPPORTED), (500.5, verdict.REFUTED), (None, verdict.INCONCLUSIVE)],
+)
+def test_first_calls_decide_a_criterion(small, slowest, said):
+    def change(data):
+        for entry in data["problems"]:
+            taken = entry["samples"]["stage5"]
+            if slowest is None:
+                del taken["first_call_ms"]
+            elif entry["problem"]["id"] == "gate-b8":
+                taken["first_call_ms"][1] = slowest
+
+    edit(small / "host" / "gate.json", change)
+    criterion = verdict.Hypothesis(
+        id="first-call", role="criterion", claim="a claim", suites=("gate",), at_most=500,
+        witness={
+            "kind": "counter", "subject": "stage5", "metric": "first_call_ms", "reduce": "max",
+        },
+    )  # fmt: skip
+    claims = verdict.Constraints({}, (criterion,), "sha")
+    tables = read(small)
+    (row,) = verdict.judge(
+        claims, tables.metrics, [],
+        {**tables.provenance, "constraints_sha256": ["sha"]},
+    )  # fmt: skip
+    assert row["verdict"] == said and row["effect"] == ("" if slowest is None else slowest)
 
 
 def test_fp16_is_compared_with_the_same_problem_in_bf16(metric_rows):

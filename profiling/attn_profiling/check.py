@@ -7,7 +7,7 @@ the first values at other addresses. So an output that is unwritten, kept from t
 computed from inputs seen earlier is found.
 
 On the problems of REPEATED a stage also runs REPEATS times on the same inputs, and all runs must
-give the same bits.
+give the same bits. So must calls on two streams in turn and replays of a CUDA graph (`elsewhere`).
 
 On a large problem the fp32 comparison covers a sample of (batch, head) pairs, the first and the
 last among them; every element must be finite, and all other pairs must agree with PyTorch's SDPA.
@@ -15,6 +15,7 @@ last among them; every element must be finite, and all other pairs must agree wi
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import time
@@ -27,8 +28,10 @@ from typing import Any
 
 from attn_ladder.problem import Problem
 from attn_ladder.stage import subject as known_subject
+from attn_profiling.elsewhere import CannotCapture, bits, in_graph, on_streams
 from attn_profiling.guard import Guard, poison_recycled, poisoned
 from attn_profiling.inputs import Tensors, draw, grown
+from attn_profiling.machine import Machine
 from attn_profiling.record import (
     Record,
     problem_fields,
@@ -262,14 +265,45 @@ def repeated(
         again = forward(*inputs, causal=problem.causal)
         for a, b in zip(first, again, strict=True):
             if a is not None:
-                differs[run] |= (_bits(torch, a) != _bits(torch, b)).any()
+                differs[run] |= (bits(torch, a) != bits(torch, b)).any()
+                b.fill_(float("nan"))  # the next call may get this memory, and leave a tile out
         if (run % QUEUED == 0 or run + 1 == runs) and bool(differs.any()):
             return int(differs.int().argmax())
     return runs
 
 
-def _bits(torch: Any, x: Any) -> Any:
-    return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
+@dataclass(frozen=True)
+class Elsewhere:
+    """Whether calls on two streams and replays of a CUDA graph gave the bits of a call alone.
+
+    `message` is None where both did; `fatal` says that the process is to be given up.
+    """
+
+    streams: bool | None = None
+    graph: bool | None = None
+    message: str | None = None
+    fatal: bool = False
+
+
+NOWHERE = Elsewhere()
+
+
+def elsewhere(torch: Any, problem: Problem, forward: Forward, seed: int) -> Elsewhere:
+    """Call a subject on two new streams and in a CUDA graph."""
+    inputs = draw(torch, problem, seed, "cuda")
+    call = partial(forward, *inputs, causal=problem.causal)
+    machine = Machine(torch, 0.0)  # it flushes nothing here
+    streams = [torch.cuda.stream(torch.cuda.Stream()) for _ in range(2)]
+    on_two = on_streams(torch, call, streams, machine.synchronize)
+    gc.collect()  # these two as `torch.cuda.graph` does: under capture little may be freed
+    torch.cuda.empty_cache()
+    fatal = False
+    try:
+        graph = in_graph(torch, call, machine.capture, machine.synchronize)
+    except CannotCapture as error:
+        graph, fatal = str(error), True
+    told = [fault for fault in (on_two, graph) if fault is not None]
+    return Elsewhere(on_two is None, graph is None, "; ".join(told) or None, fatal)
 
 
 def _call(
@@ -349,6 +383,7 @@ def result(
     heads: list[tuple[int, int]] | None = None,
     seconds: float | None = None,
     identical_runs: int | None = None,
+    other: Elsewhere = NOWHERE,
 ) -> dict[str, Any]:
     """One row of a check record. A number that is not finite stands as null."""
 
@@ -369,6 +404,8 @@ def result(
         "allclose": verdict.allclose if verdict else None,
         "heads": [list(pair) for pair in heads] if heads else None,
         "identical_runs": identical_runs,
+        "streams": other.streams,
+        "graph": other.graph,
         "seconds": seconds,
     }
 
@@ -395,6 +432,10 @@ def work() -> None:
         with torch.inference_mode():
             return check_subject(torch, problem, module.forward, seed, "cuda")
 
+    def calls_elsewhere(problem: Problem) -> Elsewhere:
+        with torch.inference_mode():
+            return elsewhere(torch, problem, module.forward, seed)
+
     def crowded() -> bool:
         torch.cuda.empty_cache()
         return others_hold_memory(torch)
@@ -406,7 +447,7 @@ def work() -> None:
         reporter.send(begin=problem.id)
         started = time.perf_counter()
         status, message, verdict, identical = "ok", None, None, None
-        fatal = False
+        other, fatal = NOWHERE, False
         try:
             reason = module.unsupported(problem, tuple(request["capability"]))
             if reason is not None:
@@ -424,12 +465,20 @@ def work() -> None:
                     if identical < REPEATS:
                         status = "failed"
                         message = f"run {identical + 1} on the same inputs gave other bits"
+                    else:
+                        other = patiently(partial(calls_elsewhere, problem), crowded, rest)
+                        guard.verify()
+                        fatal = other.fatal
+                        if other.message is not None:
+                            status, message = "failed", other.message
         except Exception as error:
             status, message, fatal = "error", explain(error), poisons_process(error)
         heads = sampled_heads(problem, seed) if verdict is not None else None
         seconds = round(time.perf_counter() - started, 3)
         reporter.send(
-            result=result(problem, subject, status, message, verdict, heads, seconds, identical)
+            result=result(
+                problem, subject, status, message, verdict, heads, seconds, identical, other
+            )
         )
         if fatal:
             return

@@ -313,6 +313,31 @@ def verify_command(
     raise typer.Exit(verify.EXIT_STATUS[verdict])
 
 
+@app.command("keep")
+@_explained
+def keep_command(run: RunOption) -> None:
+    """Keep a run's checks and times beside the recorded run, as a replication of it."""
+    from attn_profiling import replication
+
+    _say(f"{run} is kept in {replication.keep(run)}")
+
+
+@app.command("replications")
+@_explained
+def replications_command(
+    raw: Annotated[Path, typer.Option(help="The run that they are compared with.")],
+    device: Annotated[str, typer.Option(help="The replications of which device.")],
+    out: OutOption,
+) -> None:
+    """Compare the kept replications with a run: a table of ratios."""
+    from attn_profiling import replication
+    from attn_profiling.record import write_text
+    from attn_profiling.tidy import csv_text
+
+    rows = replication.compare(raw, replication.home(device))
+    write_text(out, csv_text(replication.COLUMNS, rows))
+
+
 @app.command("worker", hidden=True)
 def worker_command(kind: str, subjects: Annotated[str | None, typer.Argument()] = None) -> None:
     """A child process of check, time, host or serving."""

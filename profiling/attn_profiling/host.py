@@ -6,6 +6,12 @@ is selected by a context (`session` of its module) is called inside that context
 Per subject and process: host time of unsynchronised calls, on the same inputs and on inputs at
 fresh addresses; latency of a call followed by a synchronisation; latency of the same call replayed
 from a CUDA graph. None of these is GPU time: `timing` measures that.
+
+And the wall time of its first call on each problem, with the wait for it. A process measures the
+problems in the order of the table, so in the suite `gate` its first is gate-b1: there a compiled
+kernel is loaded; imports, the CUDA context, the inputs and what the subjects before it brought
+(Triton's driver) are already there. On the later ones it tells whether anything is compiled again
+for another batch.
 """
 
 from __future__ import annotations
@@ -98,7 +104,9 @@ class HostCost:
     def _warm(self, count: int) -> None:
         """Find how many calls fit the budget, and capture one."""
         machine, call = self._machine, self._call
+        machine.synchronize()  # the inputs are no part of the first call
         warm = clocked(lambda i: call(i % 2), WARM_CALLS, machine.synchronize)
+        self._first_call_ms = round(warm[0] / 1000, 3)
         self.count = min(count, max(FEWEST_CALLS, int(BUDGET_US / statistics.median(warm))))
         self.samples: dict[str, Any] = {kind: [] for kind in KINDS}
         self._replay: Callable[[], None] | None = None
@@ -149,7 +157,12 @@ class HostCost:
     def result(self) -> dict[str, Any]:
         """The samples by kind; those of a graph are None where the call cannot be captured."""
         graphs = {kind: self.samples.get(kind) for kind in GRAPH_KINDS}
-        return {**self.samples, **graphs, "graph_note": self._note}
+        return {
+            "first_call_ms": self._first_call_ms,
+            **self.samples,
+            **graphs,
+            "graph_note": self._note,
+        }
 
 
 def portions(count: int) -> list[tuple[int, int]]:
@@ -218,7 +231,8 @@ def work(subjects: list[str]) -> None:
 
 
 def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples of a problem, a list per process."""
+    """Samples of a problem, a list per process; of the first call one number per process, where
+    all of them have it (results that an older version kept do not)."""
     merged: dict[str, Any] = {}
     for name in results[0]["samples"]:
         rows = [result["samples"][name] for result in results]
@@ -228,6 +242,9 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
             **{kind: None if None in taken else taken for kind, taken in graphs.items()},
             "graph_note": next((row["graph_note"] for row in rows if row["graph_note"]), None),
         }
+        first_calls = [row.get("first_call_ms") for row in rows]
+        if None not in first_calls:
+            merged[name]["first_call_ms"] = first_calls
     return merged
 
 

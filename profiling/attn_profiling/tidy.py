@@ -413,7 +413,7 @@ class Tidier:
                     )
                 for name in (
                     "max_error", "reference_error", "bound", "lse_error", "unit_error", "allclose",
-                    "identical_runs",
+                    "identical_runs", "streams", "graph",
                 ):  # fmt: skip
                     if result.get(name) is not None:
                         self.metric(
@@ -592,6 +592,11 @@ class Tidier:
                     for name, sampled in drawn.items():
                         found = sampled.interval()
                         self.interval(suite, problem, subject, NO_REGIME, name, "us", found)
+                    if "first_call_ms" in taken:
+                        slowest = max(taken["first_call_ms"])
+                        self.metric(
+                            suite, problem, subject, NO_REGIME, "first_call_ms", "ms", value=slowest
+                        )
                     self._launch_share(suite, problem, subject, drawn)
                     before = entry["samples"].get(stage_before(subject))
                     if before and not self.is_stale(path, data, stage_before(subject)):
