@@ -139,7 +139,7 @@ def numbers(evidence: Evidence) -> dict[str, str]:
     for name in ("driver", "cuda", "torch", "triton", "ncu"):
         put(escape(str(content[name] or "absent")), name, "version")
     for name in ("processes", "rounds", "gap_us", "max_attempts", "host_calls",
-                 "sustained_ms", "sustained_bursts"):  # fmt: skip
+                 "sustained_ms", "sustained_bursts", "sustained_preheat_ms"):  # fmt: skip
         put(f"{measuring[name]:g}" if name in measuring else MISSING, "measuring", name)
     put(f"{100 * measuring.get('aa_tolerance', 0.01):g}", "measuring tolerance percent")
     put(str(len(evidence.suite("grid"))), "grid problems")
@@ -149,8 +149,10 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         "replication boards")  # fmt: skip
     put(str(len(again)), "replication ratios")
     put(str(sum(row["verdict"] == "PASS" for row in again)), "replication passed")
-    moved = [abs(float(row["change"])) for row in again if row["change"]]
-    put(text(Value(100 * max(moved)) if moved else None, 2), "replication worst percent")
+    for column, word in (("change", "suite"), ("most_change", "problem")):
+        moved = [abs(float(row[column])) for row in again if row[column]]
+        worst = Value(100 * max(moved)) if moved else None
+        put(text(worst, 2), "replication worst", word, "percent")
     put(top[-1], "top stage")
     for regime in ("spaced", "sustained"):
         put(_count(evidence, "grid", regime, True), "conclusive", regime)

@@ -36,7 +36,7 @@ RESULTS = [
     NUMBERS,
     *expand("results/{name}", name=["verdicts.csv", "replications.csv", "model.csv", "explore.ipynb", "report.html"]),
 ]
-REPLICATIONS = sorted(str(p) for p in home(config["device"]).glob("*/*/*.json"))
+REPLICATIONS = sorted(str(p) for p in home(config["device"]).glob("**/*.json"))
 LOOK_UP = f"--problems {config['problems']} --constraints {config['constraints']}"
 
 
@@ -93,6 +93,7 @@ rule replications:
     params:
         tool=cmd("attn-profiling"),
         options=f"--raw {RAW} --device {config['device']}",
+        kernels={name: source_hash(name) for name in subjects()},
     shell:
         "{params.tool} replications {params.options} --out {output} 2>&1 | tee {log}"
 

@@ -53,6 +53,7 @@ MEASURING = {
     "gap_us": 400,
     "sustained_ms": 250,
     "sustained_bursts": 2,
+    "sustained_preheat_ms": 1000,
     "warmup_rounds": 3,
     "max_attempts": 3,
     "aa_tolerance": 0.01,
@@ -572,6 +573,8 @@ def shared() -> Path:
     again = Maker(folder / "replications" / "again", seed=2)
     again.device()
     again.timing("gate", "spaced")
+    for path in (folder / "replications").rglob("*.json"):
+        path.write_text(path.read_text().replace('"run":"synthetic"', '"run":"again"'))
     rows = replication.compare(recorded, folder / "replications")
     text = tidy.csv_text(replication.COLUMNS, rows)
     record.write_text(folder / "results" / "replications.csv", text)

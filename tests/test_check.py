@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -190,19 +191,21 @@ def test_a_check_waits_for_memory_that_others_hold():
     tries, waits = [], []
 
     def fits_the_third_time():
-        tries.append(1)
+        held = torch.zeros(3)
+        tries.append(weakref.ref(held))
         if len(tries) < 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return "right"
 
     def wait():
         waits.append(1)
+        assert not tries or tries[-1]() is None, "it waits with what it holds"
 
     assert check.patiently(fits_the_third_time, lambda: True, wait) == "right"
     assert len(tries) == 3 and len(waits) == 2
 
     def never():
-        tries.append(1)
+        tries.append(lambda: None)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     tries.clear()

@@ -581,3 +581,18 @@ def test_nothing_of_a_run_is_written_to(small):
     read(small)
     assert before == {p: p.read_bytes() for p in small.rglob("*") if p.is_file()}
     shutil.rmtree(small)
+
+
+def test_energy_ratios_stand_beside_those_of_the_twin(metric_rows):
+    pairs = pick(metric_rows, metric="energy_aa")
+    assert {row["subject"] for row in pairs} == {"fa3"}
+    (pair,) = pick(pairs, suite="grid", problem="grid-d64-full-s512")
+    energy = {
+        name: float(pick(metric_rows, suite="grid", problem="grid-d64-full-s512", subject=name,
+                         metric="energy_mj", statistic="median")[0]["value"])
+        for name in ("fa3", "fa3#2", "stage5")
+    }  # fmt: skip
+    assert float(pair["value"]) == pytest.approx(energy["fa3#2"] / energy["fa3"])
+    (over,) = pick(metric_rows, suite="grid", problem="grid-d64-full-s512", subject="stage5",
+                   metric="energy_over_fa3")  # fmt: skip
+    assert float(over["value"]) == pytest.approx(energy["stage5"] / energy["fa3"])

@@ -18,12 +18,10 @@ from attn_profiling.partial import Partial
 from attn_profiling.settings import Measuring
 from attn_profiling.workers import WorkerDied
 
-MEASURING = Measuring(processes=2, rounds=6, warmup_rounds=1, gap_us=400, sustained_ms=5)
-
-
-@pytest.fixture(autouse=True)
-def short_preheat(monkeypatch):
-    monkeypatch.setattr(bursts, "PREHEAT_MS", 5.0)
+MEASURING = Measuring(
+    processes=2, rounds=6, warmup_rounds=1, gap_us=400, sustained_ms=5, sustained_bursts=2,
+    sustained_preheat_ms=5,
+)  # fmt: skip
 
 
 def stream(*names):
@@ -188,9 +186,9 @@ def test_bursts_come_from_a_graph_or_say_that_they_do_not():
     assert result["samples"]["fa3"]["energy_mj"] == [None, None]
 
 
-@pytest.mark.parametrize(("preheat_ms", "settled"), [(60.0, True), (0.0, False)])
-def test_the_dip_of_the_clock_at_the_start_of_load_does_not_count(monkeypatch, preheat_ms, settled):
-    monkeypatch.setattr(bursts, "PREHEAT_MS", preheat_ms)
+@pytest.mark.parametrize(("preheat_ms", "settled"), [(60, True), (1, False)])
+def test_the_dip_of_the_clock_at_the_start_of_load_does_not_count(preheat_ms, settled):
+    measuring = replace(MEASURING, sustained_preheat_ms=preheat_ms)
     machine = FakeMachine()
     machine.captures = False  # so that every call is made
     made = 0
@@ -202,7 +200,12 @@ def test_the_dip_of_the_clock_at_the_start_of_load_does_not_count(monkeypatch, p
         return right(q, k, v, causal=causal)
 
     module = SimpleNamespace(forward=call)
-    times = measure(machine, {"stage1": module}, "sustained")["samples"]["stage1"]["gpu_us"]
+    with torch.inference_mode():
+        result = timing.measure_problem(
+            torch, machine, fake_gpu(), Guard(torch), SMALL, {"stage1": module}, {}, "sustained",
+            measuring, 7, "cpu",
+        )  # fmt: skip
+    times = result["samples"]["stage1"]["gpu_us"]
     assert (times == pytest.approx([100, 100])) == settled
 
 

@@ -1,8 +1,7 @@
 """Bursts of calls back to back, for the regime in which clock and power settle.
 
-The bursts of a process on a problem follow each other after a second of load that does not count:
-the GPU answers the first 0.6 s of it with a dip of its clock (run r4: the third burst of 0.3 s was
-7 % slower than the others, whoever it was of), and settles then.
+The bursts of a process on a problem follow each other after a while of load that does not count: in
+the first second of load the clock dips once (CONTRIBUTING, "Measuring"), whoever runs then.
 
 A burst replays a CUDA graph of calls at different addresses; where a subject cannot be captured, or
 the profiler loses the kernels of its graph, it makes plain calls, and the record says so.
@@ -35,7 +34,6 @@ from attn_profiling.launches import (
 from attn_profiling.machine import Machine
 from attn_profiling.settings import Measuring
 
-PREHEAT_MS = 1000.0  # load before the first burst that counts
 LEAD_IN = 0.1  # part of a burst that settles on its subject and does not count
 GRAPH_US = 10_000.0  # length of one graph replay
 SPIN_US = 500.0  # before a burst, while the host enqueues its first replays
@@ -144,19 +142,22 @@ def burst_session(
     rounds: list[list[str]],
     usual_us: Mapping[str, float],
     kernels: Mapping[str, int],
-    ms: float,
+    measuring: Measuring,
 ) -> list[tuple[str, Burst, tuple[Activity, ...]]]:
     """A burst of each subject in each round, preheated, in one profiler session.
 
-    Of each in turn: the subject, what NVML said, and the counted kernels.
+    Of each in turn: the subject, what NVML said, and the counted kernels. The memory of a result is
+    poisoned before the last burst that writes it.
     """
     heat = rounds[0]
-    plan = [(name, PREHEAT_MS / len(heat)) for name in heat]
-    plan += [(name, ms) for order in rounds for name in order]
+    plan = [(name, measuring.sustained_preheat_ms / len(heat)) for name in heat]
+    plan += [(name, measuring.sustained_ms) for order in rounds for name in order]
     bursts: list[Burst] = []
     with machine.recorded() as activities:
-        for name, length in plan:
+        for place, (name, length) in enumerate(plan):
             repeat = repeaters[name]
+            if place >= len(plan) - len(rounds[-1]):
+                repeat.poison()
             whole = max(4, math.ceil(length * 1000 / (usual_us[name] * repeat.calls)))
             lead = max(1, round(LEAD_IN * whole))
             bursts.append(Burst(replays=whole - lead, lead=lead))
@@ -187,7 +188,7 @@ def sustained(
     """All bursts of one process on one problem.
 
     `distinct`: how many sets of inputs there are. Returns the samples, and of each subject the
-    output of the last burst, whose memory was poisoned before the first, with its inputs' number.
+    output of the last burst, whose memory was poisoned before it, with its inputs' number.
     """
     names = list(subjects)
     plan = shuffled(names, 3, rng)
@@ -197,15 +198,11 @@ def sustained(
     kernels = {n: sum(kinds[n].values()) for n in names}
     repeaters = {n: Repeater(machine, subjects[n], usual[n], distinct) for n in names}
     samples = {n: Samples(kernels=kinds[n]) for n in names}
-    for repeat in repeaters.values():
-        repeat.poison()
     rounds = [rng.sample(names, len(names)) for _ in range(measuring.sustained_bursts)]
     lost = Counter[str]()
     for session in range(SESSIONS):
         try:
-            found = burst_session(
-                machine, gpu, repeaters, rounds, usual, kernels, measuring.sustained_ms
-            )
+            found = burst_session(machine, gpu, repeaters, rounds, usual, kernels, measuring)
             break
         except ActivityError as error:
             if session == SESSIONS - 1:

@@ -46,9 +46,7 @@ from attn_profiling.settings import Settings
 from attn_profiling.workers import Reporter, Worker, WorkerDied
 
 LONG = 4096
-FULL_HEADS = (
-    32  # (batch, head) pairs up to which all are compared, if there are LONG queries or less
-)
+FULL_HEADS = 32  # (batch, head) pairs up to which all are compared; beyond LONG queries a sample
 SAMPLED_HEADS, LONG_SAMPLED_HEADS = 6, 3  # of more pairs, up to LONG queries and beyond
 ELSEWHERE = 3.0  # how many bounds another head may be away from SDPA, which errs itself
 REPEATED = "variant"  # the suite, a few problems of every kind, on which runs are compared
@@ -57,7 +55,7 @@ QUEUED = 50  # of them between two looks at the result
 RTOL, ATOL = 1e-3, 2e-3  # the plan's own criterion, recorded beside the stricter rule
 LSE_BOUND = 1e-3  # natural log; scores and sums are fp32 in every subject
 SILENCE_S = 240.0
-PATIENCE, PATIENCE_S = 12, 10.0
+PATIENCE, PATIENCE_S = 12, 10.0  # waits for memory that others hold, and how long about
 AT_ONCE = max(1, min(8, (os.cpu_count() or 2) // 2))
 
 
@@ -355,7 +353,7 @@ def patiently(
     check: Callable[[], Any], crowded: Callable[[], bool], wait: Callable[[], None]
 ) -> Any:
     """What `check` returns; where it runs out of GPU memory that others hold, it is tried again,
-    at most PATIENCE times, after a wait."""
+    at most PATIENCE times, after a wait in which nothing of the failed attempt is alive."""
     for _ in range(PATIENCE):
         try:
             return check()
@@ -432,16 +430,23 @@ def work() -> None:
         with torch.inference_mode():
             return check_subject(torch, problem, module.forward, seed, "cuda")
 
+    def runs(problem: Problem) -> int:
+        with torch.inference_mode():
+            return repeated(torch, problem, module.forward, seed, "cuda", REPEATS)
+
     def calls_elsewhere(problem: Problem) -> Elsewhere:
         with torch.inference_mode():
             return elsewhere(torch, problem, module.forward, seed)
 
-    def crowded() -> bool:
-        torch.cuda.empty_cache()
-        return others_hold_memory(torch)
-
-    def rest() -> None:
+    def rest(problem: Problem) -> None:
+        torch.cuda.empty_cache()  # what the failed attempt held is free only now
+        reporter.send(begin=problem.id)  # so that nobody takes the wait for a hang
         time.sleep(PATIENCE_S * (0.5 + random.random()))
+
+    def patient(check: Callable[[Problem], Any], problem: Problem) -> Any:
+        return patiently(
+            partial(check, problem), partial(others_hold_memory, torch), partial(rest, problem)
+        )
 
     for problem in problems:
         reporter.send(begin=problem.id)
@@ -453,20 +458,19 @@ def work() -> None:
             if reason is not None:
                 status, message = "unsupported", reason
             else:
-                verdict = patiently(partial(judged, problem), crowded, rest)
+                verdict = patient(judged, problem)
                 torch.cuda.synchronize()
                 guard.verify()
                 if verdict.message is not None:
                     status, message = "failed", verdict.message
                 elif problem.id in request["repeated"]:
-                    with torch.inference_mode():
-                        identical = repeated(torch, problem, module.forward, seed, "cuda", REPEATS)
+                    identical = patient(runs, problem)
                     guard.verify()
                     if identical < REPEATS:
                         status = "failed"
                         message = f"run {identical + 1} on the same inputs gave other bits"
                     else:
-                        other = patiently(partial(calls_elsewhere, problem), crowded, rest)
+                        other = patient(calls_elsewhere, problem)
                         guard.verify()
                         fatal = other.fatal
                         if other.message is not None:

@@ -1,5 +1,5 @@
-"""Whether a subject gives the same bits elsewhere than alone on one stream: on two streams at once,
-and replayed from a CUDA graph.
+"""Whether a subject gives the same bits elsewhere than alone on one stream: on two streams in turn,
+without waiting, and replayed from a CUDA graph.
 
 Memory that a call is to write never holds an old answer: what was compared is filled with NaN, on
 the stream of its call, before the allocator hands it out again.

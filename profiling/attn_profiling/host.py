@@ -243,7 +243,7 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
             "graph_note": next((row["graph_note"] for row in rows if row["graph_note"]), None),
         }
         first_calls = [row.get("first_call_ms") for row in rows]
-        if None not in first_calls:
+        if None not in first_calls and "#" not in name:  # a twin's is no first call
             merged[name]["first_call_ms"] = first_calls
     return merged
 

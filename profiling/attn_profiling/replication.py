@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from attn_profiling.promote import KIND_OF
-from attn_profiling.record import Record, RecordError, read
-from attn_profiling.verify import TOLERANCE, compare_timing
+from attn_profiling.record import Record, RecordError, read, stale
+from attn_profiling.stats import ratio_replicates
+from attn_profiling.verify import TOLERANCE, compare_timing, conclusive, peer
 
 KEPT = ("check", "timing")
 COLUMNS = (
     "run", "gpu_uuid", "recorded_run", "recorded_gpu_uuid", "suite", "regime", "subject",
-    "recorded", "fresh", "change", "low", "high", "tolerance", "verdict", "note",
+    "recorded", "fresh", "change", "low", "high", "most_problem", "most_change", "tolerance",
+    "verdict", "note",
 )  # fmt: skip
 
 
@@ -73,14 +75,47 @@ def keep(run_dir: Path, target: Path | None = None) -> Path:
 
 
 def compare(recorded: Path, folder: Path, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:
-    """Rows of COLUMNS: each ratio to a peer that the recorded run and a replication have."""
+    """Rows of COLUMNS: each ratio to a peer that the recorded run and a replication on the same
+    model of GPU have, with the problem whose ratio moved most. A run does not repeat itself.
+
+    AMBIGUOUS, with the reason, where one of the two was measured in another way, or the kernel is
+    no longer the one that was measured.
+    """
     rows: list[dict[str, Any]] = []
     for fresh in runs(folder):
         for path in sorted((recorded / "timing").glob("*.json")):
             if (fresh / "timing" / path.name).is_file():
                 now, then = read(fresh / "timing" / path.name, "timing"), read(path, "timing")
-                rows += _rows(now, then, tolerance)
+                if now["run"] != then["run"] and now["content"]["gpu"] == then["content"]["gpu"]:
+                    rows += _rows(now, then, tolerance)
     return rows
+
+
+def _protocol(record: Record) -> dict[str, Any]:
+    """What of the measuring configuration decides how a suite is timed in its regime."""
+    measuring = record["content"]["measuring"]
+    sustained = record["regime"] == "sustained"
+    other = ("aa_tolerance", "max_attempts", "host_calls", "seed")
+    return {
+        key: value
+        for key, value in measuring.items()
+        if key not in other and key.startswith("sustained") == sustained
+    }
+
+
+def _most(now: Record, then: Record, subject: str) -> tuple[str, float] | None:
+    """The problem on which a subject's ratio to its peer changed most, and by how much."""
+    ours, theirs = conclusive(now), conclusive(then)
+    changes: dict[str, float] = {}
+    for problem, samples in theirs.items():
+        name = peer(samples)
+        both = (ours.get(problem, {}), samples)
+        if name is not None and all(n in s for s in both for n in (subject, name)):
+            new, old = (ratio_replicates(s[subject]["gpu_us"], s[name]["gpu_us"]) for s in both)
+            changes[problem] = new.value / old.value - 1
+    if not changes:
+        return None
+    return max(changes.items(), key=lambda item: abs(item[1]))
 
 
 def _rows(now: Record, then: Record, tolerance: float) -> list[dict[str, Any]]:
@@ -93,11 +128,20 @@ def _rows(now: Record, then: Record, tolerance: float) -> list[dict[str, Any]]:
         "regime": then["regime"],
         "tolerance": tolerance,
     }
-    return [
-        {
-            **common,
-            **{name: "" if value is None else value for name, value in asdict(claim).items()},
-            "subject": claim.claim.split()[0],
-        }
-        for claim in compare_timing(now, then, tolerance)
-    ]
+    rows = []
+    for claim in compare_timing(now, then, tolerance):
+        row = {name: "" if value is None else value for name, value in asdict(claim).items()}
+        subject = row.pop("claim").split()[0]
+        most = _most(now, then, subject)
+        why = None
+        if any(stale(record, subject) for record in (now, then)):
+            why = "its kernel has changed since"
+        elif _protocol(now) != _protocol(then):
+            why = "measured in another way"
+        if why is not None:
+            row |= {"verdict": "AMBIGUOUS", "note": f"{why}; {row['note']}"}
+        row |= {"most_problem": "", "most_change": ""}
+        if most is not None:
+            row |= {"most_problem": most[0], "most_change": most[1]}
+        rows.append({**common, **row, "subject": subject})
+    return rows

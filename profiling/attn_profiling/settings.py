@@ -21,8 +21,9 @@ class Measuring:
     processes: int = 3
     rounds: int = 30
     gap_us: float = 1000
-    sustained_ms: float = 250
-    sustained_bursts: int = 2
+    sustained_ms: float = 600
+    sustained_bursts: int = 1
+    sustained_preheat_ms: float = 1000
     warmup_rounds: int = 3
     max_attempts: int = 3
     aa_tolerance: float = 0.01

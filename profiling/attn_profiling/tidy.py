@@ -670,7 +670,8 @@ class Tidier:
             self.interval(suite, problem, subject, NO_REGIME, name, "%", share)
 
     def energy_over_fa3(self) -> None:
-        """Energy of a call over that of FA3, where both were read."""
+        """Energy of a call over that of FA3, where both were read; of FA3's A/A twin, how well such
+        ratios repeat."""
         rows = [
             r for r in self.tables.metrics
             if (r["metric"], r["statistic"]) == ("energy_mj", "median")
@@ -681,6 +682,11 @@ class Tidier:
             if base and subject != REFERENCE_PEER and "#" not in subject:
                 self.metric(
                     suite, self.known[problem], subject, regime, "energy_over_fa3", "1",
+                    value=value / base,
+                )  # fmt: skip
+            if base and subject == f"{REFERENCE_PEER}#2":
+                self.metric(
+                    suite, self.known[problem], REFERENCE_PEER, regime, "energy_aa", "1",
                     value=value / base,
                 )  # fmt: skip
 

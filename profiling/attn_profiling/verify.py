@@ -56,7 +56,7 @@ def judge(low: float, high: float, tolerance: float) -> str:
     return "AMBIGUOUS"
 
 
-def _rows(record: Record) -> dict[str, dict[str, Any]]:
+def conclusive(record: Record) -> dict[str, dict[str, Any]]:
     """Samples of the last attempt of each conclusive problem."""
     return {
         row["problem"]["id"]: row["attempts"][-1]["samples"]
@@ -65,15 +65,16 @@ def _rows(record: Record) -> dict[str, dict[str, Any]]:
     }
 
 
-def _peer(samples: Iterable[str]) -> str | None:
+def peer(samples: Iterable[str]) -> str | None:
+    """Whom the subjects of a problem are compared with."""
     present = set(samples)
-    return next((peer for peer in PEERS if peer in present), None)
+    return next((name for name in PEERS if name in present), None)
 
 
 def compare_timing(fresh: Record, recorded: Record, tolerance: float) -> list[Claim]:
     """A claim for each subject of a suite and regime that both records time against a peer."""
-    ours, theirs = _rows(fresh), _rows(recorded)
-    theirs = {problem: samples for problem, samples in theirs.items() if _peer(samples)}
+    ours, theirs = conclusive(fresh), conclusive(recorded)
+    theirs = {problem: samples for problem, samples in theirs.items() if peer(samples)}
     where = f"{recorded['suite']} {recorded['regime']}"
     both = [problem for problem in theirs if problem in ours]
     lost = [problem for problem in theirs if problem not in ours]
@@ -81,18 +82,18 @@ def compare_timing(fresh: Record, recorded: Record, tolerance: float) -> list[Cl
         name
         for problem in both
         for name in theirs[problem]
-        if "#" not in name and name != _peer(theirs[problem])
+        if "#" not in name and name != peer(theirs[problem])
     }
     claims = []
     for subject in sorted(subjects):
         changes: list[Replicates] = []
         levels: list[tuple[float, float]] = []
         for problem in both:
-            peer = _peer(theirs[problem])
+            base = peer(theirs[problem])
             samples = (ours[problem], theirs[problem])
-            if peer is None or any(n not in s for s in samples for n in (subject, peer)):
+            if base is None or any(n not in s for s in samples for n in (subject, base)):
                 continue
-            now, then = (ratio_replicates(s[subject]["gpu_us"], s[peer]["gpu_us"]) for s in samples)
+            now, then = (ratio_replicates(s[subject]["gpu_us"], s[base]["gpu_us"]) for s in samples)
             changes.append(now.map(np.divide, then))
             levels.append((now.value, then.value))
         claim = f"{subject} against its peer, {where}"

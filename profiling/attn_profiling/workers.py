@@ -32,8 +32,8 @@ class Reporter:
         self._pipe = os.fdopen(int(os.environ[REPORT_FD]), "w")
 
     def request(self) -> dict[str, Any]:
-        """Say that all is imported and wait for the request. Ends the process where the parent has
-        gone."""
+        """Say that this worker is ready and wait for the request. Ends the process where the parent
+        has gone."""
         self.send(ready=True)
         line = sys.stdin.readline()
         if not line:
