@@ -1031,7 +1031,7 @@ def replication(evidence: Evidence) -> Table:
         if row["change"]:
             value, low, high = (100 * float(row[name]) for name in ("change", "low", "high"))
             change = interval(Value(value, low, high), 2)
-        told = f"{row['verdict']}: {row['note']}"
+        told = f"{row['verdict']}: {row['note'].replace('median of ', '')}"
         most = "–"
         if row["most_change"]:
             most = f"{100 * float(row['most_change']):+.2f} ({row['most_problem']})"
