@@ -34,7 +34,10 @@ RESULTS = [
     *TABLES,
     *FIGURES,
     NUMBERS,
-    *expand("results/{name}", name=["verdicts.csv", "replications.csv", "model.csv", "explore.ipynb", "report.html"]),
+    *expand(
+        "results/{name}",
+        name=["verdicts.csv", "replications.csv", "model.csv", "explore.ipynb", "report.html"],
+    ),
 ]
 REPLICATIONS = sorted(str(p) for p in home(config["device"]).glob("**/*.json"))
 LOOK_UP = f"--problems {config['problems']} --constraints {config['constraints']}"
