@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +36,7 @@ HEADDIMS = (64, 128, 256)
 # (headdim, dtype, causal) of each report
 CASES = [(d, "bf16", causal) for d in HEADDIMS for causal in (False, True)] + [(64, "fp16", True)]
 SPILLS = {"BLOCK_N": 128, "num_registers": 128}  # too few registers for headdim 128
-REWAIT = "        mbarrier.wait(v_ready_bar.index(slot), phase)\n        acc, p, l_i"
+REWAIT = "        mbarrier.wait(v_ring[1].index(slot), phase)\n        acc, p, l_i"
 
 
 def compile_case(module: str, headdim: int, dtype: str, causal: bool, changes: dict) -> dict:
@@ -192,7 +193,8 @@ def test_the_overlap_of_stage4_is_lost_without_the_second_wait(tmp_path: Path) -
     """The same kernel without the branch that holds ptxas back: the overlap test would fail."""
     package = tmp_path / "attn_ladder"
     package.mkdir()
-    for name in ("problem.py", "stage.py", "offline.py", "reference.py"):
+    shared = ("problem", "stage", "offline", "reference", "launch", "tiles", "warpgroup")
+    for name in (f"{module}.py" for module in shared):
         (package / name).write_text((KERNELS / "attn_ladder" / name).read_text())
     (package / "__init__.py").write_text("")
     text = (KERNELS / "attn_ladder" / "stage4_pipeline.py").read_text()
@@ -231,9 +233,11 @@ def test_what_cannot_run_is_said(module: str) -> None:
 
 
 def as_python(module: str, first: str, **scope: object) -> dict:
-    """Device functions of scalars, from `first` up to the loads, as plain Python."""
+    """Device functions of scalars, from `first` up to what loads, as plain Python."""
     text = (KERNELS / "attn_ladder" / f"{module}.py").read_text()
-    source = text[text.index(f"def {first}(") : text.index("@gluon.jit\ndef load")]
+    loads = re.search(r"@gluon.jit\ndef (load|producer)", text)
+    assert loads is not None
+    source = text[text.index(f"def {first}(") : loads.start()]
     source = source.replace("@gluon.jit", "").replace(".to(gl.int32)", "")
     exec(source, scope)
     return scope

@@ -220,5 +220,5 @@ def source_hash(path: Path) -> str:
 
 
 def kernel_hash(name: str) -> str:
-    """`source_hash` of a subject's file; its configurations are part of that file."""
+    """`source_hash` of a subject's file; its configurations are in it or in what it imports."""
     return source_hash(subject(name).path)

@@ -24,13 +24,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere.async_copy import mbarrier_arrive
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -38,13 +36,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from attn_ladder.launch import descriptor, group_of_heads, multiprocessors
 from attn_ladder.problem import Problem
 from attn_ladder.stage import Stage
+from attn_ladder.tiles import list_entry, list_length
+from attn_ladder.warpgroup import fill, release, row_layout, take_turn, thread_sums
 
 STAGE = Stage(title="Producer warp, rings of buffers, overlapped consumers", removes="memory")
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 BLOCK_M = gl.constexpr(128)  # two consumers of 64 query rows
 
 
@@ -90,30 +89,6 @@ CONFIGS = {
 
 
 @gluon.jit
-def list_length(num_tiles):
-    """How many query tiles this CTA has."""
-    rounds = num_tiles // gl.num_programs(0)
-    place = gl.program_id(0)
-    if rounds % 2 == 1:
-        place = gl.num_programs(0) - 1 - place
-    return rounds + (place < num_tiles - rounds * gl.num_programs(0)).to(gl.int32)
-
-
-@gluon.jit
-def list_entry(i, num_m, num_heads, heads_per_group):
-    """(batch and head, query tile) at place `i` of this CTA's list."""
-    place = gl.program_id(0)
-    if i % 2 == 1:  # back and forth
-        place = gl.num_programs(0) - 1 - place
-    tile = i * gl.num_programs(0) + place
-    group = tile // (heads_per_group * num_m)
-    within = tile - group * heads_per_group * num_m
-    first_head = group * heads_per_group
-    num_in_group = min(heads_per_group, num_heads - first_head)
-    return first_head + within % num_in_group, num_m - 1 - within // num_in_group
-
-
-@gluon.jit
 def key_tiles(tile_m, seqlen_q, seqlen_k, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
     """(key tiles that a query tile goes through, how many of them all its rows see whole).
 
@@ -129,20 +104,10 @@ def key_tiles(tile_m, seqlen_q, seqlen_k, CAUSAL: gl.constexpr, BLOCK_N: gl.cons
 
 
 @gluon.jit
-def load(desc, coord, smem, ready_bar, empty_bar, slot, phase):
-    """Start the copy of a tile into a buffer once its consumers have left it."""
-    mbarrier.wait(empty_bar.index(slot), phase ^ 1)
-    mbarrier.expect(ready_bar.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, coord, ready_bar.index(slot), smem.index(slot))
-
-
-@gluon.jit
 def producer_partition(tensors, buffers, scalars, CAUSAL: gl.constexpr, cfg: gl.constexpr):
     """The warp that loads, as far ahead as the buffers reach."""
     q_desc, k_desc, v_desc, out_desc, lse_ptr = tensors
-    q_smem, k_smem, v_smem, out_smem, ready_bars, empty_bars = buffers
-    q_ready_bar, k_ready_bar, v_ready_bar = ready_bars
-    q_empty_bar, k_empty_bar, v_empty_bar = empty_bars
+    q_ring, k_ring, v_ring, out_smem = buffers
     qk_scale, heads_per_group = scalars
     BLOCK_N: gl.constexpr = cfg.BLOCK_N
     NUM_BUFFERS: gl.constexpr = cfg.num_buffers
@@ -160,13 +125,13 @@ def producer_partition(tensors, buffers, scalars, CAUSAL: gl.constexpr, cfg: gl.
         for consumer in gl.static_range(2):
             coord = [batch, tile_m * BLOCK_M + consumer * 64, head, 0]
             slot = consumer * Q_BUFFERS + i % Q_BUFFERS
-            load(q_desc, coord, q_smem, q_ready_bar, q_empty_bar, slot, (i // Q_BUFFERS) & 1)
+            fill(q_desc, coord, q_ring, slot, (i // Q_BUFFERS) & 1)
         for tile_n in range(num_n):
             slot = it % NUM_BUFFERS
             phase = (it // NUM_BUFFERS) & 1
             coord_kv = [batch, tile_n * BLOCK_N, head_k, 0]
-            load(k_desc, coord_kv, k_smem, k_ready_bar, k_empty_bar, slot, phase)
-            load(v_desc, coord_kv, v_smem, v_ready_bar, v_empty_bar, slot, phase)
+            fill(k_desc, coord_kv, k_ring, slot, phase)
+            fill(v_desc, coord_kv, v_ring, slot, phase)
             it += 1
 
 
@@ -189,41 +154,11 @@ def softmax_step(scores, m_i, qk_scale):
     return p, m_next, gl.exp2(m_i - m_safe)
 
 
-@gluon.constexpr_function
-def turn_asm(operation, consumer):
-    return f"bar.{operation} {8 + consumer}, 256; mov.b32 $0, $1;"
-
-
 @gluon.jit
-def take_turn(OPERATION: gl.constexpr, CONSUMER: gl.constexpr, cfg: gl.constexpr):
-    """`sync` waits for this consumer's turn, `arrive` gives the turn to that consumer.
-
-    A hardware barrier of its own for each consumer, with an id that the compiler leaves free.
-    """
-    if cfg.ping_pong:
-        thread = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
-        ASM: gl.constexpr = turn_asm(OPERATION, CONSUMER)
-        gl.inline_asm_elementwise(ASM, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def issue_scores(q, k_smem, slot, zeros):
+def issue_scores(q, k_ring, slot, zeros):
     """Put Q·Kᵀ with a key tile that has landed in flight: [64, BLOCK_N]."""
-    k = k_smem.index(slot).reshape([zeros.shape[1], q.shape[1]])
+    k = k_ring[0].index(slot).reshape([zeros.shape[1], q.shape[1]])
     return warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def release(empty_bar, slot):
-    """Free a buffer: all 128 threads arrive. Gluon's own arrive costs a `bar.sync`; this one, meant
-    for asynchronous copies, does not, and arrives at once where none is outstanding."""
-    mbarrier_arrive(empty_bar.index(slot), increment_count=False)
-
-
-@gluon.jit
-def thread_sums(p):
-    """[64, BLOCK_N] to [64, 8]: sums within each thread, without a shuffle."""
-    return gl.sum(gl.reshape(p, [64, p.shape[1] // 8, 8]), 1)
 
 
 @gluon.jit
@@ -236,9 +171,7 @@ def key_step(
 
     p [64, BLOCK_N] of the tile before, acc [64, headdim], l_i [64, 8] or [64], m_i [64].
     """
-    _, k_smem, v_smem, _, ready_bars, empty_bars = buffers
-    _, k_ready_bar, v_ready_bar = ready_bars
-    _, k_empty_bar, v_empty_bar = empty_bars
+    _, k_ring, v_ring, _ = buffers
     NUM_BUFFERS: gl.constexpr = cfg.num_buffers
     BLOCK_N: gl.constexpr = cfg.BLOCK_N
     S_LAYOUT: gl.constexpr = m_i.type.layout.parent
@@ -246,21 +179,21 @@ def key_step(
     slot = it % NUM_BUFFERS
     phase = (it // NUM_BUFFERS) & 1
     k_slot = (it + 1) % NUM_BUFFERS
-    mbarrier.wait(k_ready_bar.index(k_slot), ((it + 1) // NUM_BUFFERS) & 1)
+    mbarrier.wait(k_ring[1].index(k_slot), ((it + 1) // NUM_BUFFERS) & 1)
     take_turn("sync", CONSUMER, cfg)
-    scores = issue_scores(q, k_smem, k_slot, zeros)
-    mbarrier.wait(v_ready_bar.index(slot), phase)
-    v = v_smem.index(slot).reshape([BLOCK_N, acc.shape[1]])
+    scores = issue_scores(q, k_ring, k_slot, zeros)
+    mbarrier.wait(v_ring[1].index(slot), phase)
+    v = v_ring[0].index(slot).reshape([BLOCK_N, acc.shape[1]])
     acc = warpgroup_mma(p, v, acc, is_async=True)
     if cfg.overlap == "own":
         take_turn("arrive", 1 - CONSUMER, cfg)
         scores, acc = warpgroup_mma_wait(1, deps=[scores, acc])
-        release(k_empty_bar, k_slot)
+        release(k_ring, k_slot)
     else:
         scores, acc = warpgroup_mma_wait(0, deps=[scores, acc])
         take_turn("arrive", 1 - CONSUMER, cfg)
-        release(k_empty_bar, k_slot)
-        release(v_empty_bar, slot)
+        release(k_ring, k_slot)
+        release(v_ring, slot)
     scores = mask(scores, last_key, tile_n, num_whole)
     p, m_i, alpha = softmax_step(scores, m_i, qk_scale)
     if cfg.sums_in_threads:
@@ -270,12 +203,12 @@ def key_step(
         l_i = l_i * alpha + gl.sum(p, 1)
     if cfg.overlap == "own":
         # long complete: without the branch ptxas waits for the product before the softmax
-        mbarrier.wait(v_ready_bar.index(slot), phase)
+        mbarrier.wait(v_ring[1].index(slot), phase)
         acc, p, l_i = warpgroup_mma_wait(0, deps=[acc, p, l_i])
-        release(v_empty_bar, slot)
+        release(v_ring, slot)
     alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))
     acc = acc * alpha[:, None]  # [64, headdim]
-    p = gl.convert_layout(p.to(k_smem.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+    p = gl.convert_layout(p.to(k_ring[0].dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
     return p, acc, l_i, m_i
 
 
@@ -289,15 +222,13 @@ def attend(
     `it` key tiles have gone through the buffers before it; returns how many have after it.
     """
     q_desc, k_desc, v_desc, out_desc, lse_ptr = tensors
-    q_smem, k_smem, v_smem, out_smem, ready_bars, empty_bars = buffers
-    q_ready_bar, k_ready_bar, v_ready_bar = ready_bars
-    q_empty_bar, k_empty_bar, v_empty_bar = empty_bars
+    q_ring, k_ring, v_ring, out_smem = buffers
     HEADDIM: gl.constexpr = q_desc.block_type.shape[3]
     BLOCK_N: gl.constexpr = cfg.BLOCK_N
     NUM_BUFFERS: gl.constexpr = cfg.num_buffers
     Q_BUFFERS: gl.constexpr = cfg.num_q_buffers
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADDIM, 16])
+    S_LAYOUT: gl.constexpr = row_layout(BLOCK_N)
+    O_LAYOUT: gl.constexpr = row_layout(HEADDIM)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
@@ -311,16 +242,16 @@ def attend(
     num_n, num_whole = key_tiles(tile_m, seqlen_q, seqlen_k, CAUSAL, BLOCK_N)
 
     q_slot = CONSUMER * Q_BUFFERS + i % Q_BUFFERS
-    q = q_smem.index(q_slot).reshape([64, HEADDIM])
+    q = q_ring[0].index(q_slot).reshape([64, HEADDIM])
     m_i = gl.full([64], -float("inf"), gl.float32, ROWS)
     acc = gl.zeros([64, HEADDIM], gl.float32, O_LAYOUT)
     zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
-    mbarrier.wait(q_ready_bar.index(q_slot), (i // Q_BUFFERS) & 1)
+    mbarrier.wait(q_ring[1].index(q_slot), (i // Q_BUFFERS) & 1)
     slot = it % NUM_BUFFERS
-    mbarrier.wait(k_ready_bar.index(slot), (it // NUM_BUFFERS) & 1)
-    scores = issue_scores(q, k_smem, slot, zeros)
+    mbarrier.wait(k_ring[1].index(slot), (it // NUM_BUFFERS) & 1)
+    scores = issue_scores(q, k_ring, slot, zeros)
     scores = warpgroup_mma_wait(0, deps=[scores])  # [64, BLOCK_N]
-    release(k_empty_bar, slot)
+    release(k_ring, slot)
     scores = mask(scores, last_key, 0, num_whole)
     p, m_i, alpha = softmax_step(scores, m_i, qk_scale)
     l_i = thread_sums(p) if cfg.sums_in_threads else gl.sum(p, 1)
@@ -332,13 +263,13 @@ def attend(
         )
         it += 1
 
-    release(q_empty_bar, q_slot)
+    release(q_ring, q_slot)
     slot = it % NUM_BUFFERS
-    mbarrier.wait(v_ready_bar.index(slot), (it // NUM_BUFFERS) & 1)
-    v = v_smem.index(slot).reshape([BLOCK_N, HEADDIM])
+    mbarrier.wait(v_ring[1].index(slot), (it // NUM_BUFFERS) & 1)
+    v = v_ring[0].index(slot).reshape([BLOCK_N, HEADDIM])
     acc = warpgroup_mma(p, v, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    release(v_empty_bar, slot)
+    release(v_ring, slot)
 
     if cfg.sums_in_threads:
         l_i = gl.convert_layout(gl.sum(l_i, 1), ROWS)
@@ -358,9 +289,8 @@ def attend(
 
 @gluon.jit
 def consumer_partition(
-    tensors, buffers, scalars,
-    CONSUMER: gl.constexpr, CAUSAL: gl.constexpr, cfg: gl.constexpr,
-):  # fmt: skip
+    tensors, buffers, scalars, CONSUMER: gl.constexpr, CAUSAL: gl.constexpr, cfg: gl.constexpr
+):
     """A warpgroup that computes."""
     qk_scale, heads_per_group = scalars
     q_desc = tensors[0]
@@ -391,8 +321,6 @@ def attention_kernel(
     NUM_BUFFERS: gl.constexpr = cfg.num_buffers
     KV: gl.constexpr = [NUM_BUFFERS, 1, cfg.BLOCK_N, 1, HEADDIM]
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    FIRST: gl.constexpr = 0
-    SECOND: gl.constexpr = 1
     Q_SLOTS: gl.constexpr = 2 * cfg.num_q_buffers
     q_smem = gl.allocate_shared_memory(DTYPE, [Q_SLOTS, 1, 64, 1, HEADDIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(DTYPE, KV, k_desc.layout)
@@ -413,40 +341,20 @@ def attention_kernel(
         mbarrier.init(v_ready_bar.index(i), count=1)
         mbarrier.init(v_empty_bar.index(i), count=256)
     tensors = (q_desc, k_desc, v_desc, out_desc, lse_ptr)
-    ready_bars = (q_ready_bar, k_ready_bar, v_ready_bar)
-    empty_bars = (q_empty_bar, k_empty_bar, v_empty_bar)
-    buffers = (q_smem, k_smem, v_smem, out_smem, ready_bars, empty_bars)
+    q_ring = (q_smem, q_ready_bar, q_empty_bar)
+    k_ring = (k_smem, k_ready_bar, k_empty_bar)
+    v_ring = (v_smem, v_ready_bar, v_empty_bar)
+    buffers = (q_ring, k_ring, v_ring, out_smem)
     scalars = (qk_scale, heads_per_group)
     gl.warp_specialize(
         [
-            (consumer_partition, (tensors, buffers, scalars, FIRST, CAUSAL, cfg)),
-            (consumer_partition, (tensors, buffers, scalars, SECOND, CAUSAL, cfg)),
+            (consumer_partition, (tensors, buffers, scalars, gl.constexpr(0), CAUSAL, cfg)),
+            (consumer_partition, (tensors, buffers, scalars, gl.constexpr(1), CAUSAL, cfg)),
             (producer_partition, (tensors, buffers, scalars, CAUSAL, cfg)),
         ],
         [4, 1],
         [240, 24],
     )
-
-
-@cache
-def multiprocessors(device: int) -> int:
-    """How many SMs a CUDA device has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def group_of_heads(k: torch.Tensor, nheads: int, num_ctas: int, l2_bytes: int) -> int:
-    """Largest divisor of `num_ctas` for which so many query heads' K and V fit in `l2_bytes`."""
-    head_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size() * k.shape[2] / nheads
-    divisors = (n for n in range(num_ctas, 0, -1) if num_ctas % n == 0)
-    return next((n for n in divisors if n * head_bytes <= l2_bytes), 1)
-
-
-def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """TMA descriptor of tiles [1, rows, 1, headdim] over (batch, seqlen, nheads, headdim)."""
-    block = [1, rows, 1, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-    strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], block, layout)
 
 
 def forward(

@@ -25,12 +25,6 @@ instruction outside the peeled blocks. What limits it: the tensor pipe (then pow
 issue slots and MUFU together at headdim 64, and at short seqlen the work between two tiles.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
-
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -40,12 +34,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_ladder.launch import Kernel, Layout, tile_counter
+from attn_ladder.launch import Runner
 from attn_ladder.problem import Problem
 from attn_ladder.rows import hide, hide_diagonal, redo_tile, store_tile
 from attn_ladder.stage import Stage
-from attn_ladder.tiles import TILE_LIST, Shape, listed_tile, num_tiles, tile_of
+from attn_ladder.tiles import (
+    TILE_LIST,
+    key_blocks,
+    listed_tile,
+    num_tiles,
+    seen_blocks,
+    tile_list,
+    tile_of,
+)
+from attn_ladder.top_config import Config, choose_config, schedule, signature  # noqa: F401 all are public here
 from attn_ladder.warpgroup import (
+    after,
     barriers,
     either,
     exp2,
@@ -55,146 +59,11 @@ from attn_ladder.warpgroup import (
     pin,
     release,
     row_layout,
+    take_turn,
     thread_sums,
 )
 
 STAGE = Stage(title="Everything: lazy maximum, ping-pong, no masks", removes="branching")
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Config:
-    """What the kernel is compiled for; a consumer is one warpgroup with 64 query rows."""
-
-    headdim: int
-    causal: bool
-    ragged: bool = False  # seqlen_k or a diagonal is no multiple of BLOCK_N
-    consumers: int = 2
-    BLOCK_N: int = 128
-    num_buffers: int = 2  # depth of the rings of K and V
-    num_q_buffers: int = 1
-    q_in_registers: bool = True
-    ping_pong: bool = True  # the consumers take turns to issue products
-    overlap: str = "own"  # softmax runs under the consumer's own P·V, or only under "others"
-    half_diagonal: bool = False  # the first consumer skips the hidden half of the diagonal block
-    cross_tile: bool = False  # the next tile's first product runs under the epilogue
-    direct_store: bool = False  # O is written from registers, without a buffer
-    mask_all: bool = False  # every block is masked, as if none were known to be visible
-    producer_warps: int = 1
-    schedule: str = "static"  # or "pairs" of a long and a short tile, or "dynamic"
-    l2_bytes: int = 32 << 20  # keys and values of the heads that are processed together
-
-    def __post_init__(self) -> None:
-        for fits, name, needs in (
-            (self.headdim in (64, 128, 256), "headdim", "to be 64, 128 or 256"),
-            (self.consumers in (2, 3), "consumers", "to be 2 or 3"),
-            (self.BLOCK_N in (64, 128), "BLOCK_N", "to be 64 or 128"),
-            (self.num_buffers >= 2, "num_buffers", "to be at least 2"),
-            (self.num_q_buffers >= 1, "num_q_buffers", "to be at least 1"),
-            (self.producer_warps in (1, 2, 4), "producer_warps", "to be 1, 2 or 4"),
-            (self.schedule in ("static", "pairs", "dynamic"), "schedule", "a known order"),
-            (self.overlap in ("own", "others"), "overlap", "to be own or others"),
-            (self.ping_pong or self.overlap == "own", "overlap", "ping_pong to be others"),
-            (self.consumers == 2 or not (self.ragged and self.causal),
-             "ragged", "two consumers if causal"),
-            (self.fixed_diagonal and self.BLOCK_N == 128 or not self.half_diagonal,
-             "half_diagonal", "128 x 128 tiles, causal and not ragged"),
-            (self.num_buffers * self.BLOCK_N >= self.BLOCK_M or not self.direct_store,
-             "direct_store", "64 keys in the ring of V for each consumer"),
-            (self.headdim < 256 or self.direct_store, "direct_store", "to be set at headdim 256"),
-            (not (self.cross_tile and self.causal), "cross_tile", "causal=False"),
-            (self.causal or self.schedule == "static", "schedule", "to be static if not causal"),
-        ):  # fmt: skip
-            if not fits:
-                raise ValueError(f"{name}={getattr(self, name)!r} needs {needs}: {self}")
-
-    @property
-    def BLOCK_M(self) -> int:
-        return 64 * self.consumers
-
-    @property
-    def fixed_diagonal(self) -> bool:
-        """Whether the mask of the diagonal block is the same in every tile."""
-        return self.causal and not self.ragged and self.consumers == 2
-
-
-def choose_config(headdim: int, causal: bool, seqlen_k: int, ragged: bool = False) -> Config:
-    """The fastest configuration of those measured; CONTRIBUTING says what each choice is worth."""
-    two = dict(num_buffers=3, num_q_buffers=2, overlap="others")
-    three = dict(two, consumers=3, q_in_registers=False)
-    if headdim == 256:
-        order = "pairs" if causal else "static"
-        memory = dict(BLOCK_N=64, q_in_registers=False, direct_store=True)
-        return Config(256, causal, ragged, schedule=order, **memory)
-    if headdim == 128 and not causal:
-        return Config(128, False, ragged, q_in_registers=not ragged)
-    if headdim == 128 and (ragged or seqlen_k > 2048):
-        whole = dict(half_diagonal=not ragged, schedule="dynamic")
-        return Config(128, True, ragged, q_in_registers=False, **whole)
-    if headdim == 128:
-        pairs = dict(half_diagonal=True, schedule="pairs", l2_bytes=16 << 20)
-        return Config(128, True, num_q_buffers=2, q_in_registers=False, **pairs)
-    if causal and seqlen_k > 4096 and not ragged:  # 192 rows use a key block
-        return Config(64, True, schedule="dynamic", **three)
-    if causal:
-        l2_bytes = (8 if seqlen_k <= 512 else 16) << 20
-        whole = dict(half_diagonal=not ragged, schedule="dynamic", l2_bytes=l2_bytes)
-        return Config(64, True, ragged, **whole, **two)
-    if seqlen_k <= 1024 or ragged:
-        return Config(64, False, ragged, q_in_registers=ragged, cross_tile=True, **two)
-    return Config(64, False, cross_tile=True, **three)
-
-
-@gluon.constexpr_function
-def turn_asm(operation, index):
-    return f"bar.{operation} {8 + index}, 256; mov.b32 $0, $1;"
-
-
-@gluon.constexpr_function
-def after(index, cfg):
-    return (index + 1) % cfg.consumers
-
-
-@gluon.jit
-def take_turn(OPERATION: gl.constexpr, INDEX: gl.constexpr, cfg: gl.constexpr):
-    """Wait for the turn of consumer INDEX (`sync`) or hand it on to it (`arrive`), on a hardware
-    barrier of two consumers that Triton leaves free."""
-    if cfg.ping_pong:
-        thread = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
-        gl.inline_asm_elementwise(
-            turn_asm(OPERATION, INDEX), "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
-        )
-
-
-@gluon.jit
-def key_blocks(m, shape, cfg: gl.constexpr):
-    """(number of key blocks of a tile, at least one; first key of the lowest one).
-
-    Blocks start at multiples of BLOCK_N, except in ragged causal tiles: there the last one ends at
-    the diagonal of the tile, and the lowest one may begin before key 0, where TMA reads zeros.
-    """
-    lowest = 0
-    keys = shape.seqlen_k
-    if cfg.causal:
-        keys += (m + 1) * cfg.BLOCK_M - shape.seqlen_q
-        if not cfg.ragged:
-            keys = min(keys, shape.seqlen_k)
-    n = max((keys + cfg.BLOCK_N - 1) // cfg.BLOCK_N, 1)
-    if cfg.causal and cfg.ragged:
-        lowest = keys - n * cfg.BLOCK_N
-    return n, lowest
-
-
-@gluon.jit
-def seen_blocks(row, n, lowest, shape, cfg: gl.constexpr):
-    """How many of the n key blocks of a causal tile the 64 rows from `row` on see, counted from the
-    lowest. Rows that see no key keep a block."""
-    keys = row + 64 + shape.seqlen_k - shape.seqlen_q - lowest
-    seen = min((keys + cfg.BLOCK_N - 1) // cfg.BLOCK_N, n)
-    if cfg.ragged:
-        seen = max(seen, 1)
-    return seen
 
 
 @gluon.jit
@@ -469,24 +338,18 @@ def attention_kernel(
     qk_scale, cfg: gl.constexpr,
 ):  # fmt: skip
     CONSUMERS: gl.constexpr = cfg.consumers
-    LIST: gl.constexpr = TILE_LIST if cfg.schedule == "dynamic" else 1
     q_ring = make_ring(q_desc, CONSUMERS * cfg.num_q_buffers, 1)
     k_ring = make_ring(k_desc, cfg.num_buffers, 128 * CONSUMERS)
     v_ring = make_ring(v_desc, cfg.num_buffers, 128 * CONSUMERS)
+    BLOCKS: gl.constexpr = cfg.num_buffers * cfg.BLOCK_N // 64 if cfg.direct_store else CONSUMERS
+    REDO: gl.constexpr = [BLOCKS, 1, 64, 1, cfg.headdim]
     if cfg.direct_store:
-        BLOCKS: gl.constexpr = cfg.num_buffers * cfg.BLOCK_N // 64
-        redo_smem = v_ring[0]._reinterpret(
-            v_desc.dtype, [BLOCKS, 1, 64, 1, cfg.headdim], v_desc.layout
-        )
+        redo_smem = v_ring[0]._reinterpret(v_desc.dtype, REDO, v_desc.layout)
         out = (o_ptr, lse_ptr)
     else:
-        redo_smem = gl.allocate_shared_memory(
-            o_desc.dtype, [CONSUMERS, 1, 64, 1, cfg.headdim], o_desc.layout
-        )
+        redo_smem = gl.allocate_shared_memory(o_desc.dtype, REDO, o_desc.layout)
         out = (o_desc, redo_smem, lse_ptr)
-    tiles_smem = gl.allocate_shared_memory(
-        gl.int32, [LIST, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
+    tiles_smem = tile_list(cfg)
     rings = (q_ring, k_ring, v_ring)
     redo_buffers = (redo_smem, barriers(CONSUMERS, 1))
     tiles = (tiles_smem, barriers(8, 1))
@@ -499,10 +362,8 @@ def attention_kernel(
                 (softmax_partition, (softmax, gl.constexpr(0), cfg)),
                 (softmax_partition, (softmax, gl.constexpr(1), cfg)),
                 (load_partition, (load, cfg)),
-            ],
-            [4, cfg.producer_warps],
-            [240, 24],
-        )
+            ], [4, cfg.producer_warps], [240, 24],
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
@@ -510,25 +371,13 @@ def attention_kernel(
                 (softmax_partition, (softmax, gl.constexpr(1), cfg)),
                 (softmax_partition, (softmax, gl.constexpr(2), cfg)),
                 (load_partition, (load, cfg)),
-            ],
-            [4, 4, cfg.producer_warps],
-            [160, 160, 24],
-        )
+            ], [4, 4, cfg.producer_warps], [160, 160, 24],
+        )  # fmt: skip
 
 
 def source(cfg: Config, dtype: str) -> dict:
     """The kernel with the types of its arguments, as `launch.Kernel` takes it."""
-    element = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
-    layout = gl.NVMMASharedLayout.get_default_for([1, 64, 1, cfg.headdim], element)
-    rows = dict(q=64, k=cfg.BLOCK_N, v=cfg.BLOCK_N, o=64, k_redo=64, v_redo=64)
-    signature = {
-        f"{name}_desc": f"tensordesc<{dtype}[1, {n}, 1, {cfg.headdim}],{layout!r}>"
-        for name, n in rows.items()
-    }
-    signature |= {"o_ptr": f"*{dtype}", "lse_ptr": "*fp32", "counter_ptr": "*i32"}
-    signature["qk_scale"] = "fp32"
-    signature["shape"] = Shape(*["i32"] * len(Shape._fields))
-    return {"kernel": attention_kernel, "signature": signature, "constexprs": {"cfg": cfg}}
+    return dict(kernel=attention_kernel, signature=signature(cfg, dtype), constexprs={"cfg": cfg})
 
 
 def offline(dtype: str = "bf16", **config) -> dict:
@@ -536,97 +385,8 @@ def offline(dtype: str = "bf16", **config) -> dict:
     return source(Config(**config), dtype)
 
 
-def schedule(
-    config: Config | None,
-    q_size: tuple[int, ...],
-    k_size: tuple[int, ...],
-    causal: bool,
-    num_sms: int,
-) -> tuple[Config, Shape, int]:
-    """Configuration, shape and number of CTAs for q and k of these sizes.
-
-    Raises `ValueError` if a given `config` cannot compute them.
-    """
-    batch, seqlen_q, nheads, headdim = q_size
-    seqlen_k, nheads_k = k_size[1], k_size[2]
-    offset = seqlen_k - seqlen_q
-    ragged = seqlen_k % 128 != 0 or (causal and (offset < 0 or offset % 128 != 0))
-    cfg = config or choose_config(headdim, causal, seqlen_k, ragged)
-    if (cfg.headdim, cfg.causal) != (headdim, causal) or (ragged and not cfg.ragged):
-        raise ValueError(f"config={cfg} cannot compute {headdim=} {causal=} {ragged=}")
-    num_m = -(-seqlen_q // cfg.BLOCK_M)
-    num_heads = batch * nheads
-    tiles = num_m * num_heads
-    if cfg.schedule == "pairs" and num_m % 2:
-        cfg = replace(cfg, schedule="dynamic", num_q_buffers=1)  # its list takes the room
-    if cfg.schedule == "dynamic" and tiles > num_sms * (TILE_LIST.value - 1):
-        cfg = replace(cfg, schedule="static")
-    group = nheads // nheads_k
-    heads = min(num_heads, max(1, cfg.l2_bytes // (4 * seqlen_k * headdim)) * group)
-    heads = -(-num_heads // -(-num_heads // heads))  # groups of equal size: a short last one hurts
-    heads = min(num_heads, -(-heads // group) * group)
-    shape = Shape(seqlen_q, seqlen_k, nheads, group, num_m, num_heads, heads)
-    return cfg, shape, min(num_sms, tiles // 2 if cfg.schedule == "pairs" else tiles)
-
-
-@lru_cache(maxsize=64)
-def compiled(cfg: Config, dtype: torch.dtype, device: int) -> Kernel:
-    return Kernel(**source(cfg, DTYPES[dtype]))
-
-
-@lru_cache(maxsize=512)
-def plan(
-    config: Config | None, dtype: torch.dtype, device: int, causal: bool, q_size: tuple[int, ...],
-    k_size: tuple[int, ...], q_strides: tuple[int, ...], k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
-) -> tuple[Kernel, Callable[..., tuple], bool, Shape, int, torch.Tensor]:  # fmt: skip
-    """What calls that differ in addresses only share: the kernel, its tensor maps as a function of
-    the addresses of q, k, v and out, whether it counts tiles, its shape, its number of CTAs, and a
-    single number seen as an LSE: `empty_like` takes a quarter of the time of `empty`."""
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    cfg, shape, grid = schedule(config, q_size, k_size, causal, num_sms)
-    o_strides = (math.prod(q_size[1:]), q_size[2] * q_size[3], q_size[3], 1)
-    k, v = Layout(1, k_size, k_strides), Layout(2, k_size, v_strides)
-    kernel = compiled(replace(cfg, l2_bytes=0), dtype, device)  # the kernel does not know it
-    maps = kernel.tensor_maps(
-        Layout(0, q_size, q_strides), k, v, Layout(3, q_size, o_strides), k, v
-    )
-    one = torch.empty((), dtype=torch.float32, device=torch.device("cuda", device))
-    lse = one.expand(q_size[0], q_size[2], q_size[1])
-    return kernel, maps, cfg.schedule == "dynamic", shape, grid, lse
-
-
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention forward; shapes and semantics as `attn_ladder.attention`.
-
-    Strides of q, k, v must be multiples of 16 bytes, addresses too, the last dimension contiguous.
-    `softmax_scale` must be positive. Returns out (batch, seqlen_q, nheads, headdim) in the dtype of
-    q, and the natural-log log-sum-exp (batch, nheads, seqlen_q) in fp32.
-    """
-    device = q.get_device()
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return forward(q, k, v, softmax_scale=softmax_scale, causal=causal, config=config)
-    kernel, maps, dynamic, shape, grid, lse = plan(
-        config, q.dtype, device, causal, q.shape, k.shape, q.stride(), k.stride(), v.stride()
-    )
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    descs = maps(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    counter = tile_counter(device, stream) if dynamic else 0
-    qk_scale = LOG2_E * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
-    pointers = (out.data_ptr(), lse.data_ptr(), counter)
-    kernel.launch(grid, stream, (*descs, *pointers, shape, qk_scale, None))
-    return out, lse
+runner = Runner(lambda *a: schedule(*a), lambda *a: source(*a))  # found late: variants replace them
+forward = runner.forward
 
 
 def unsupported(problem: Problem, capability: tuple[int, int]) -> str | None:

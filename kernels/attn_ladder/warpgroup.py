@@ -58,6 +58,27 @@ def thread_sums(x):
 
 
 @gluon.constexpr_function
+def turn_asm(operation, index):
+    return f"bar.{operation} {8 + index}, 256; mov.b32 $0, $1;"
+
+
+@gluon.constexpr_function
+def after(index, cfg):
+    return (index + 1) % cfg.consumers
+
+
+@gluon.jit
+def take_turn(OPERATION: gl.constexpr, INDEX: gl.constexpr, cfg: gl.constexpr):
+    """Wait for the turn of consumer INDEX (`sync`) or hand it on to it (`arrive`), on a hardware
+    barrier of two consumers that Triton leaves free."""
+    if cfg.ping_pong:
+        thread = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+        gl.inline_asm_elementwise(
+            turn_asm(OPERATION, INDEX), "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.constexpr_function
 def meet_asm(consumers):
     return f"bar.sync {8 + consumers}, {128 * consumers}; mov.b32 $0, $1;"
 
