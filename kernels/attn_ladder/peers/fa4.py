@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from attn_ladder.problem import Problem
 from attn_ladder.stage import Peer
+
+try:  # here, so that the workers that measure import it while they wait
+    from flash_attn.cute.interface import flash_attn_func
+except ModuleNotFoundError:
+    flash_attn_func = None
 
 PEER = Peer(title="FlashAttention-4 (CuTe DSL)", distribution="flash-attn-4")
 
@@ -22,8 +25,6 @@ def forward(
     config: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FA4's `flash_attn_func`; `config` may set its keyword arguments. Returns (out, lse)."""
-    from flash_attn.cute.interface import flash_attn_func
-
     result = flash_attn_func(
         q, k, v, softmax_scale=softmax_scale, causal=causal, return_lse=True, **(config or {})
     )
@@ -32,7 +33,7 @@ def forward(
 
 def unsupported(problem: Problem, capability: tuple[int, int]) -> str | None:
     """Why FA4 cannot run a problem on a GPU of that compute capability, or None."""
-    if importlib.util.find_spec("flash_attn") is None:
+    if flash_attn_func is None:
         return "flash-attn-4 is not installed; `pip install --pre flash-attn-4[cu13]` brings it"
     if capability[0] not in (9, 10):
         return f"FA4 needs compute capability 9 or 10; this GPU has {capability[0]}.{capability[1]}"
