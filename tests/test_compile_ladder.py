@@ -233,11 +233,11 @@ def test_what_cannot_run_is_said(module: str) -> None:
 
 
 def as_python(module: str, first: str, **scope: object) -> dict:
-    """Device functions of scalars, from `first` up to what loads, as plain Python."""
+    """Device functions of scalars, from `first` up to what loads or counts tiles, as plain Python."""
     text = (KERNELS / "attn_ladder" / f"{module}.py").read_text()
-    loads = re.search(r"@gluon.jit\ndef (load|producer)", text)
-    assert loads is not None
-    source = text[text.index(f"def {first}(") : loads.start()]
+    end = re.search(r"@gluon.jit\ndef (load|producer|num_tiles)", text)
+    assert end is not None
+    source = text[text.index(f"def {first}(") : end.start()]
     source = source.replace("@gluon.jit", "").replace(".to(gl.int32)", "")
     exec(source, scope)
     return scope
@@ -245,7 +245,7 @@ def as_python(module: str, first: str, **scope: object) -> dict:
 
 @pytest.mark.parametrize("num_ctas", [132, 264])
 @pytest.mark.parametrize(("seqlen", "num_heads"), [(512, 1024), (2048, 256), (8192, 64), (300, 9)])
-def test_the_lists_of_stage3_cover_every_tile_once(
+def test_the_lists_of_tiles_cover_every_tile_once(
     seqlen: int, num_heads: int, num_ctas: int
 ) -> None:
     """Every query tile is on one list, and all lists are nearly equal work."""
@@ -256,7 +256,7 @@ def test_the_lists_of_stage3_cover_every_tile_once(
         gl = SimpleNamespace(constexpr=None)
         gl.num_programs = lambda axis: num_ctas
         gl.program_id = lambda axis, cta=cta: cta
-        lists = as_python("stage3_persistent", "list_length", gl=gl, BLOCK_M=128)
+        lists = as_python("tiles", "list_length", gl=gl)
         length = lists["list_length"](num_m * num_heads)
         entries = [lists["list_entry"](i, num_m, num_heads, 44) for i in range(length)]
         seen += entries

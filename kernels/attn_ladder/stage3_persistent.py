@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -37,13 +36,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from attn_ladder.launch import descriptor, group_of_heads, multiprocessors
 from attn_ladder.problem import Problem
 from attn_ladder.stage import Stage
+from attn_ladder.tiles import list_entry, list_length
 
 STAGE = Stage(title="Persistent grid over all batches and heads", removes="launch")
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 BLOCK_M = gl.constexpr(128)  # two warpgroups of 64 query rows
 
 
@@ -74,30 +73,6 @@ CONFIGS = {
     128: Config(BLOCK_N=128, num_registers=240),
     256: Config(BLOCK_N=64, num_registers=240),
 }
-
-
-@gluon.jit
-def list_length(num_tiles):
-    """How many query tiles this CTA has."""
-    rounds = num_tiles // gl.num_programs(0)
-    place = gl.program_id(0)
-    if rounds % 2 == 1:
-        place = gl.num_programs(0) - 1 - place
-    return rounds + (place < num_tiles - rounds * gl.num_programs(0)).to(gl.int32)
-
-
-@gluon.jit
-def list_entry(i, num_m, num_heads, heads_per_group):
-    """(batch and head, query tile) at place `i` of this CTA's list."""
-    place = gl.program_id(0)
-    if i % 2 == 1:  # back and forth
-        place = gl.num_programs(0) - 1 - place
-    tile = i * gl.num_programs(0) + place
-    group = tile // (heads_per_group * num_m)
-    within = tile - group * heads_per_group * num_m
-    first_head = group * heads_per_group
-    num_in_group = min(heads_per_group, num_heads - first_head)
-    return first_head + within % num_in_group, num_m - 1 - within // num_in_group
 
 
 @gluon.jit
@@ -282,27 +257,6 @@ def attention_kernel(
         [4],
         [cfg.num_registers],
     )
-
-
-@cache
-def multiprocessors(device: int) -> int:
-    """How many SMs a CUDA device has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def group_of_heads(k: torch.Tensor, nheads: int, num_ctas: int, l2_bytes: int) -> int:
-    """Largest divisor of `num_ctas` for which so many query heads' K and V fit in `l2_bytes`."""
-    head_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size() * k.shape[2] / nheads
-    divisors = (n for n in range(num_ctas, 0, -1) if num_ctas % n == 0)
-    return next((n for n in divisors if n * head_bytes <= l2_bytes), 1)
-
-
-def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """TMA descriptor of tiles [1, rows, 1, headdim] over (batch, seqlen, nheads, headdim)."""
-    block = [1, rows, 1, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-    strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], block, layout)
 
 
 def forward(
