@@ -233,7 +233,7 @@ def test_what_cannot_run_is_said(module: str) -> None:
 
 
 def as_python(module: str, first: str, **scope: object) -> dict:
-    """Device functions of scalars, from `first` up to what loads or counts tiles, as plain Python."""
+    """Device functions of scalars, from `first` up to what loads or counts, as plain Python."""
     text = (KERNELS / "attn_ladder" / f"{module}.py").read_text()
     end = re.search(r"@gluon.jit\ndef (load|producer|num_tiles)", text)
     assert end is not None
