@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_gpu import SMALL, FakeMachine, fake_gpu, right, timed
 
-from attn_profiling import bursts, guard, launches, timing
+from attn_profiling import bursts, guard, launches, record, timing
 from attn_profiling.activity import Activity, ActivityError, from_kineto, split
 from attn_profiling.guard import Guard, Patched
 from attn_profiling.launches import MeasureError, Unsteady
@@ -493,7 +493,17 @@ def suite(monkeypatch, tmp_path):
         chosen = settings.load(tmp_path / "config.json", tmp_path)
         return timing.run(chosen, "smoke", "spaced", tmp_path / "timing" / "smoke.spaced.json")
 
-    run.folder = tmp_path
+    def close():
+        chosen = settings.load(tmp_path / "config.json", tmp_path)
+        session = Session(chosen, ["fa3", "stage1"], gpu)
+        beside = {**session.header("timing", "smoke"), "regime": "spaced", "problems": []}
+        record.write(tmp_path / "timing" / "smoke.spaced.json", beside, "timing")
+        out = tmp_path / "timing" / "smoke.sustained.json"
+        (out.parent / ".partial" / "smoke.spaced").rename(out.parent / ".partial" / out.stem)
+        return timing.close(chosen, "smoke", "sustained", out)
+
+    monkeypatch.setattr(timing, "content_key", lambda content, fields, hashes: hashes["fa3"])
+    run.folder, run.close = tmp_path, close
     return run
 
 
@@ -540,10 +550,54 @@ def test_an_interrupted_suite_goes_on_where_it_was(suite):
     assert len(data["problems"][0]["attempts"][0]["samples"]["fa3"]["gpu_us"]) == 3
 
 
+def dies_in_the_second_attempt(worker, problem):
+    if worker == 4 and problem == "smoke-d128-full":
+        return WorkerDied("the machine is gone")
+    return result(1.0 if problem == "smoke-d128-ragged" else 1.05)
+
+
+def test_a_suite_interrupted_for_good_is_closed_with_its_whole_attempts(suite):
+    with pytest.raises(MeasureError):
+        suite(dies_in_the_second_attempt)
+    data = suite.close()
+    assert record.read(suite.folder / "timing" / "smoke.sustained.json", "timing") == data
+    status = {row["problem"]["id"]: row["status"] for row in data["problems"]}
+    assert status.pop("smoke-d128-ragged") == "ok" and set(status.values()) == {"inconclusive"}
+    assert {len(row["attempts"]) for row in data["problems"]} == {1}
+    assert data["problems"][0]["chosen"] == {"fa3": {}, "x": None}
+    assert data["provenance"]["closed"]["provenance_of"] == "timing/smoke.spaced.json"
+
+
+def test_a_suite_without_a_whole_first_attempt_is_not_closed(suite, monkeypatch):
+    def dies(worker, problem):
+        if worker == 2 and problem == "smoke-d128-full":
+            return WorkerDied("the machine is gone")
+        return result()
+
+    with pytest.raises(MeasureError):
+        suite(dies)
+    with pytest.raises(MeasureError, match="smoke-d128-full: not every process has timed it"):
+        suite.close()
+    assert not (suite.folder / "timing" / "smoke.sustained.json").exists()
+
+
+def test_a_suite_of_other_kernels_is_not_closed(suite, monkeypatch):
+    with pytest.raises(MeasureError):
+        suite(dies_in_the_second_attempt)
+    monkeypatch.setattr(timing, "kernel_hash", lambda name: "changed")
+    with pytest.raises(MeasureError, match="not every process has timed it"):
+        suite.close()
+
+
+def test_bursts_go_there_and_back():
+    orders = bursts.there_and_back(random.Random(3), ["a", "b", "c", "d"], 5)
+    assert orders[1] == orders[0][::-1] and orders[3] == orders[2][::-1]
+    assert [sorted(order) for order in orders] == [["a", "b", "c", "d"]] * 5
+    assert len({tuple(order) for order in orders}) > 2
+
+
 def test_the_choices_of_the_suite_itself_come_last(tmp_path):
     import synthetic
-
-    from attn_profiling import record
 
     maker = synthetic.Maker(tmp_path)
     maker.timing("smoke", "spaced")

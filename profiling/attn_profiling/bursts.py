@@ -177,6 +177,15 @@ def burst_session(
     return counted
 
 
+def there_and_back(rng: random.Random, names: list[str], rounds: int) -> list[list[str]]:
+    """The order of the bursts in each round: random, and every second round backwards, so that a
+    steady drift of the clock adds as much to each subject."""
+    orders: list[list[str]] = []
+    for i in range(rounds):
+        orders.append(orders[-1][::-1] if i % 2 else rng.sample(names, len(names)))
+    return orders
+
+
 def sustained(
     machine: Machine,
     gpu: Gpu,
@@ -198,7 +207,7 @@ def sustained(
     kernels = {n: sum(kinds[n].values()) for n in names}
     repeaters = {n: Repeater(machine, subjects[n], usual[n], distinct) for n in names}
     samples = {n: Samples(kernels=kinds[n]) for n in names}
-    rounds = [rng.sample(names, len(names)) for _ in range(measuring.sustained_bursts)]
+    rounds = there_and_back(rng, names, measuring.sustained_bursts)
     lost = Counter[str]()
     for session in range(SESSIONS):
         try:

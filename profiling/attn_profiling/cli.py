@@ -115,13 +115,15 @@ def time_command(
     suite: SuiteOption,
     out: OutOption,
     regime: Annotated[str, typer.Option("--regime", help="spaced or sustained.")] = "spaced",
+    close: CloseOption = False,
 ) -> None:
     """Time a suite: per-launch samples of every subject that passed its check."""
     import statistics
 
     from attn_profiling import settings, timing
 
-    data = timing.run(settings.load(config, run), suite, regime, out)
+    make = timing.close if close else timing.run
+    data = make(settings.load(config, run), suite, regime, out)
     for row in data["problems"]:
         last = row["attempts"][-1]
         medians = {

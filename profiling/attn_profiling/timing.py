@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_ladder.problem import Problem
+from attn_ladder.stage import kernel_hash
 from attn_profiling.bursts import sustained
 from attn_profiling.check import Oracle, explain, gate, poisons_process, sampled_heads
 from attn_profiling.compile_cache import forget_hashes
@@ -45,7 +46,7 @@ from attn_profiling.record import (
     read,
     write,
 )
-from attn_profiling.session import Session
+from attn_profiling.session import Session, closed_header, timed_beside
 from attn_profiling.settings import Measuring, Settings
 from attn_profiling.workers import Reporter, Worker, WorkerDied
 
@@ -307,21 +308,46 @@ def known_choices(run_dir: Path, suite: str) -> dict[str, Choices]:
     return known
 
 
-def run(settings: Settings, suite: str, regime: str, out: Path) -> Record:
-    """Time a suite in a regime and write the record. Goes on where an earlier try was stopped."""
-    from attn_profiling.progress import console, progress
+@dataclass
+class Plan:
+    """What a suite takes: its problems, and results that wait for the rest of the suite."""
 
+    problems: list[Problem]
+    fields: dict[str, dict[str, Any]]
+    entries: dict[str, Entry]
+    store: Partial
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The problems of the record."""
+        return [
+            {
+                "problem": self.fields[p.id],
+                "status": "ok" if self.entries[p.id].attempts[-1]["ok"] else "inconclusive",
+                "chosen": self.entries[p.id].chosen,
+                "tried": self.entries[p.id].tried,
+                "left_out": self.entries[p.id].left_out,
+                "attempts": self.entries[p.id].attempts,
+            }
+            for p in self.problems
+        ]
+
+
+def plan_of(
+    settings: Settings,
+    suite: str,
+    regime: str,
+    out: Path,
+    content: dict[str, Any],
+    hashes: Mapping[str, str],
+) -> Plan:
+    """Who is timed on what, by the checks of this run; `hashes` are the subjects' kernel hashes."""
     if regime not in REGIMES:
         raise ValueError(f"{regime=} must be one of {', '.join(REGIMES)}")
-    measuring = settings.measuring
     problems = settings.suite(suite)
-    subjects = settings.subjects_of(suite, regime)
-    allowed = gate(settings.run_dir, problems, subjects)
-    session = Session(settings, subjects)
+    allowed = gate(settings.run_dir, problems, list(hashes))
     fields = {p.id: problem_fields(p) for p in problems}
-    hashes = {name: found["kernel_hash"] for name, found in session.subjects.items()}
     known = known_choices(settings.run_dir, suite) if regime == "sustained" else {}
-    plan = {
+    entries = {
         p.id: Entry(
             problem=p,
             subjects=[n for n, reason in allowed[p.id].items() if reason is None],
@@ -330,7 +356,7 @@ def run(settings: Settings, suite: str, regime: str, out: Path) -> Record:
         )
         for p in problems
     }
-    for name, entry in plan.items():
+    for name, entry in entries.items():
         if not entry.subjects:
             raise MeasureError(
                 f"problem {name}: no subject passed the check, so there is nothing to time:"
@@ -339,11 +365,23 @@ def run(settings: Settings, suite: str, regime: str, out: Path) -> Record:
     store = Partial(
         out.parent / ".partial" / f"{suite}.{regime}",
         lambda p: content_key(
-            session.content,
+            content,
             fields[p.id],
-            {**hashes, "regime": regime, "with": ",".join(plan[p.id].subjects)},
+            {**hashes, "regime": regime, "with": ",".join(entries[p.id].subjects)},
         ),
     )
+    return Plan(problems, fields, entries, store)
+
+
+def run(settings: Settings, suite: str, regime: str, out: Path) -> Record:
+    """Time a suite in a regime and write the record. Goes on where an earlier try was stopped."""
+    from attn_profiling.progress import console, progress
+
+    measuring = settings.measuring
+    session = Session(settings, settings.subjects_of(suite, regime))
+    hashes = {name: found["kernel_hash"] for name, found in session.subjects.items()}
+    planned = plan_of(settings, suite, regime, out, session.content, hashes)
+    problems, plan, store = planned.problems, planned.entries, planned.store
     log = out.parent / ".partial" / f"{suite}.{regime}.log"
     everyone = sorted({n for entry in plan.values() for n in entry.subjects})
     pending = problems
@@ -376,8 +414,7 @@ def run(settings: Settings, suite: str, regime: str, out: Path) -> Record:
                 worker = ready or start()
                 ready = start() if process + 1 < measuring.processes else None
                 _measure(
-                    worker, todo, plan, fields, regime, settings, attempt, process, store,
-                    results, tell,
+                    worker, todo, planned, regime, settings, attempt, process, results, tell
                 )  # fmt: skip
         for p in pending:
             plan[p.id].attempts.append(merge(attempt, results[p.id], measuring.aa_tolerance))
@@ -387,23 +424,45 @@ def run(settings: Settings, suite: str, regime: str, out: Path) -> Record:
             console.print(f"{p.id}, attempt {attempt}: {message}", highlight=False, soft_wrap=True)
         if not pending:
             break
-    data = {
-        **session.header("timing", suite),
-        "regime": regime,
-        "problems": [
-            {
-                "problem": fields[p.id],
-                "status": "ok" if plan[p.id].attempts[-1]["ok"] else "inconclusive",
-                "chosen": plan[p.id].chosen,
-                "tried": plan[p.id].tried,
-                "left_out": plan[p.id].left_out,
-                "attempts": plan[p.id].attempts,
-            }
-            for p in problems
-        ],
-    }
+    data = {**session.header("timing", suite), "regime": regime, "problems": planned.rows()}
     write(out, data, "timing")
     store.clear()
+    return data
+
+
+def close(settings: Settings, suite: str, regime: str, out: Path) -> Record:
+    """Write the record of a suite that was interrupted for good, without a GPU.
+
+    What counts of a problem are the attempts that every process made; of the rest see
+    `closed_header`. Raises `MeasureError` if a problem has none, or if kernels or configuration are
+    no longer those of the run.
+    """
+    beside = timed_beside(settings.run_dir, suite)
+    names = settings.subjects_of(suite, regime)
+    missing = [name for name in names if name not in beside[1]["subjects"]]
+    if missing:
+        raise MeasureError(f"{suite}: {missing[0]} was not timed in this run; measure the suite")
+    hashes = {name: kernel_hash(name) for name in names}
+    planned = plan_of(settings, suite, regime, out, beside[1]["content"], hashes)
+    measuring = settings.measuring
+    for p in planned.problems:
+        entry = planned.entries[p.id]
+        for attempt in range(1, measuring.max_attempts + 1):
+            stored = [planned.store.get(attempt, n, p) for n in range(measuring.processes)]
+            results = [result for result in stored if result is not None]
+            if len(results) < measuring.processes:
+                break
+            for result in results:
+                _note(entry, result)
+            entry.attempts.append(merge(attempt, results, measuring.aa_tolerance))
+        if not entry.attempts:
+            raise MeasureError(
+                f"{p.id}: not every process has timed it {regime} with the kernels that are here;"
+                " go on measuring with the same run, or check out its commit"
+            )
+    header = closed_header("timing", beside, names, planned.store.files())
+    data = {**header, "regime": regime, "problems": planned.rows()}
+    write(out, data, "timing")
     return data
 
 
@@ -418,18 +477,17 @@ def _note(entry: Entry, result: dict[str, Any]) -> None:
 def _measure(
     worker: Worker,
     todo: list[Problem],
-    plan: dict[str, Entry],
-    fields: dict[str, dict[str, Any]],
+    planned: Plan,
     regime: str,
     settings: Settings,
     attempt: int,
     process: int,
-    store: Partial,
     results: dict[str, list[dict[str, Any]]],
     tell: Callable[[str], None],
 ) -> None:
     """Let one worker measure; each result is kept at once."""
     by_id = {p.id: p for p in todo}
+    plan = planned.entries
     current = todo[0].id
     worker.begin(
         {
@@ -438,7 +496,7 @@ def _measure(
             "seed": settings.measuring.seed + 1000 * attempt + process,
             "problems": [
                 {
-                    "problem": fields[p.id],
+                    "problem": planned.fields[p.id],
                     "subjects": [n for n in plan[p.id].subjects if n not in plan[p.id].left_out],
                     "chosen": plan[p.id].chosen,
                 }
@@ -454,7 +512,7 @@ def _measure(
             result = message["result"]
             _note(plan[current], result)
             results[current].append(result)
-            store.put(attempt, process, by_id[current], result)
+            planned.store.put(attempt, process, by_id[current], result)
             tell(current)
     except WorkerDied as error:
         raise MeasureError(
