@@ -220,6 +220,16 @@ class Evidence:
             f"{missing}"
         )
 
+    def added(self, file: str) -> str:
+        """What is to be said of a record that is from another run than most are."""
+        for run in self.provenance.get("addenda", []):
+            if file in run["files"]:
+                same = run["gpu_uuid"] == self.provenance["gpu_uuid"]
+                board = "the same board" if same else "another board of this model"
+                commit = run["commit"][:12]
+                return f" {file} is from run {run['run']}, of {board} (commit {commit})."
+        return ""
+
     def roofline(
         self, suite: str, problem: Problem, subject: str | None, regime: str = "spaced"
     ) -> model.Roofline | None:
@@ -305,8 +315,9 @@ class Evidence:
         p = self.provenance
         dirty = " with local changes" if p["dirty"] else ""
         image = p["image_digest"] or "none (native)"
+        runs = " + ".join([p["run"], *(run["run"] for run in p.get("addenda", []))])
         return (
-            f"tier {p['tier']}, device {p['device']}, run {p['run']}, commit {p['commit'][:12]}"
+            f"tier {p['tier']}, device {p['device']}, run {runs}, commit {p['commit'][:12]}"
             f"{dirty}, image {image}"
         )
 

@@ -8,6 +8,7 @@ from paper.evidence import MINIMUM, REFERENCE_PEER, Evidence, Value, interval, n
 from paper.table import Table
 
 SUITE = "decode"
+MODEL_FILE = "serving/model.json"
 TOKENS = ("token_prompts", "token_ties", "token_differences")
 
 
@@ -61,7 +62,7 @@ def decode(evidence: Evidence) -> Table:
         " V, read once. FA3: the best of its numbers of splits and its own choice, by shape. Of"
         " copy: bytes of K and V over time, against a large copy. Pages: time contiguous over time"
         f" in pages. {_checks(evidence)} † the A/A pair was off in every attempt: inconclusive,"
-        " left out of the reductions.",
+        f" left out of the reductions.{evidence.added(f'serving/{SUITE}.json')}",
         frozenset({len(rows) - 3}),
         "rlrrrrrrrr",
         labels=5,
@@ -98,7 +99,7 @@ def tokens(evidence: Evidence) -> Table:
         rows,
         "64 greedy tokens for each prompt. A tie: the reference prefers its token by no more than"
         " rounding (twice the largest difference of the logits at that step, and two units of their"
-        " number format).",
+        f" number format).{evidence.added(MODEL_FILE)}",
         frozenset({len(rows) - 1}) if len(rows) > 1 else frozenset(),
         "lllrrrr",
         labels=3,
@@ -146,6 +147,6 @@ def serving_speed(evidence: Evidence) -> Table:
         rows,
         "Tokens a second of wall time, the same model with one attention implementation after the"
         " other; intervals are of one process. Decode as a CUDA graph: FA3 is not registered with a"
-        " static cache.",
+        f" static cache.{evidence.added(MODEL_FILE)}",
         align="lrrrr",
     )

@@ -120,6 +120,7 @@ def _grid_rules(problems: Sequence[Problem]) -> frozenset[int]:
     return frozenset(n for n in range(1, len(keys)) if keys[n] != keys[n - 1])
 
 
+SUSTAINED = "timing/grid.sustained.json"
 INCONCLUSIVE_NOTE = "† the A/A pair was off in every attempt: inconclusive, left out of medians."
 
 
@@ -171,7 +172,9 @@ def grid(evidence: Evidence, suite: str = "grid") -> Table:
     header = ["d", "mask", "seqlen", *[label(s) for s in (*peers, top)]]
     header += [f"over {label(p)}" for p in against]
     header += ["sustained"] if suite == "grid" else ["time / bf16"] if half else []
-    last_note = " Sustained: over FA3, back to back." if suite == "grid" else ""
+    last_note = ""
+    if suite == "grid":
+        last_note = f" Sustained: over FA3, back to back.{evidence.added(SUSTAINED)}"
     if half:
         last_note = f" Time / bf16: GPU time of {label(top)} over that of the same problem in bf16."
     return Table(
@@ -819,7 +822,9 @@ def regimes(evidence: Evidence) -> Table:
     return Table(
         header,
         rows,
-        f"Medians of NVML readings; power and energy in the sustained regime.{repeated}",
+        f"Medians of NVML readings; power and energy in the sustained regime.{repeated}"
+        + evidence.added(SUSTAINED)
+        + evidence.closed(SUSTAINED),
         _grid_rules(problems),
         "rlr" + "r" * 8,
         labels=3,

@@ -165,3 +165,14 @@ def test_holm_keeps_the_family_wise_rate():
         plain += min(p.values()) < 0.05
         corrected += min(stats.holm(p).values()) < 0.05
     assert plain / 2000 > 0.15 and corrected / 2000 <= 0.06
+
+
+def test_bursts_of_a_process_are_averaged_without_what_was_not_read():
+    sample = {
+        "gpu_us": [[1.0, 3.0], [4.0]],
+        "energy_mj": [[None, 2.0], [None]],
+        "launch": ["graph"],
+    }
+    found = stats.burst_means(sample)
+    assert found == {"gpu_us": [[2.0], [4.0]], "energy_mj": [[2.0], [None]], "launch": ["graph"]}
+    assert sample["gpu_us"] == [[1.0, 3.0], [4.0]]

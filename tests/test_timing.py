@@ -589,11 +589,30 @@ def test_a_suite_of_other_kernels_is_not_closed(suite, monkeypatch):
         suite.close()
 
 
-def test_bursts_go_there_and_back():
-    orders = bursts.there_and_back(random.Random(3), ["a", "b", "c", "d"], 5)
-    assert orders[1] == orders[0][::-1] and orders[3] == orders[2][::-1]
-    assert [sorted(order) for order in orders] == [["a", "b", "c", "d"]] * 5
-    assert len({tuple(order) for order in orders}) > 2
+def test_every_subject_has_every_place():
+    names = ["a", "b", "c"]
+    orders = bursts.rotated(random.Random(3), names, 3)
+    assert [sorted(order) for order in orders] == [names] * 3
+    assert all({order[place] for order in orders} == set(names) for place in range(3))
+    assert bursts.rotated(random.Random(3), names, 5)[3:] == orders[:2]
+    assert len({tuple(bursts.rotated(random.Random(i), names, 1)[0]) for i in range(20)}) > 2
+
+
+def test_a_clock_that_swings_shifts_no_subject():
+    """Neither the A/A pair nor a ratio; half of the places would shift both."""
+    swing = [0.98, 1.0, 1.03, 0.985, 1.005, 1.02, 0.98, 1.0, 1.03]
+
+    def off(rounds):
+        times = {"fa3": [], "fa3#2": [], "x": []}
+        for place, name in enumerate(n for order in rounds for n in order):
+            times[name].append(100 * swing[place])
+        made = result()
+        for name, us in times.items():
+            made["samples"][name] |= {"gpu_us": us, "launch": "graph"}
+        return abs(timing.aa_ratio([made] * 3) - 1)
+
+    rounds = bursts.rotated(random.Random(0), ["fa3", "fa3#2", "x"], 3)
+    assert off(rounds) < 0.005 < 0.01 < off(rounds[:1])
 
 
 def test_the_choices_of_the_suite_itself_come_last(tmp_path):

@@ -1,7 +1,9 @@
 """Bursts of calls back to back, for the regime in which clock and power settle.
 
-The bursts of a process on a problem follow each other after a while of load that does not count: in
-the first second of load the clock dips once (CONTRIBUTING, "Measuring"), whoever runs then.
+The bursts of a process on a problem follow each other after a while of load that does not count.
+At the power limit the clock swings by some percent, with a period of about 0.9 s, in phase with the
+beginning of the load, whoever runs then (CONTRIBUTING, "Measuring"). So each subject has each place
+in the order once, and its bursts in a process count as one, their mean.
 
 A burst replays a CUDA graph of calls at different addresses; where a subject cannot be captured, or
 the profiler loses the kernels of its graph, it makes plain calls, and the record says so.
@@ -177,13 +179,14 @@ def burst_session(
     return counted
 
 
-def there_and_back(rng: random.Random, names: list[str], rounds: int) -> list[list[str]]:
-    """The order of the bursts in each round: random, and every second round backwards, so that a
-    steady drift of the clock adds as much to each subject."""
-    orders: list[list[str]] = []
-    for i in range(rounds):
-        orders.append(orders[-1][::-1] if i % 2 else rng.sample(names, len(names)))
-    return orders
+def rotated(rng: random.Random, names: list[str], rounds: int) -> list[list[str]]:
+    """The order of the bursts in each round: random in the first, then each round begins one later.
+
+    With as many rounds as names, every name has every place once. The clock swings with a period of
+    a few bursts, in phase with the beginning of the load: the mean of a name's bursts is of all.
+    """
+    order = rng.sample(names, len(names))
+    return [order[r % len(order) :] + order[: r % len(order)] for r in range(rounds)]
 
 
 def sustained(
@@ -207,7 +210,7 @@ def sustained(
     kernels = {n: sum(kinds[n].values()) for n in names}
     repeaters = {n: Repeater(machine, subjects[n], usual[n], distinct) for n in names}
     samples = {n: Samples(kernels=kinds[n]) for n in names}
-    rounds = there_and_back(rng, names, measuring.sustained_bursts)
+    rounds = rotated(rng, names, measuring.sustained_bursts)
     lost = Counter[str]()
     for session in range(SESSIONS):
         try:
@@ -220,10 +223,11 @@ def sustained(
                 lost[name] += 1
                 if lost[name] == 2:
                     repeaters[name].go_eager()
-    for n, burst, counted in found:
+    for place, (n, burst, counted) in enumerate(found):
         if by_name(a.name for a in counted[: kernels[n]]) != kinds[n]:
             raise Unsteady(n, "it launched other kernels in a burst than in single calls")
         _add(samples[n], machine, burst, repeaters[n].calls, counted)
+        samples[n].place.append(place)
     for n, sample in samples.items():
         sample.launch = repeaters[n].launch
         if None in sample.energy_mj:

@@ -121,13 +121,15 @@ def time_command(
     import statistics
 
     from attn_profiling import settings, timing
+    from attn_profiling.stats import burst_means
 
     make = timing.close if close else timing.run
     data = make(settings.load(config, run), suite, regime, out)
     for row in data["problems"]:
         last = row["attempts"][-1]
+        shown_of = burst_means if regime == "sustained" else dict
         medians = {
-            name: statistics.median(us for process in sample["gpu_us"] for us in process)
+            name: statistics.median(us for times in shown_of(sample)["gpu_us"] for us in times)
             for name, sample in last["samples"].items()
         }
         base = medians.get(str(last["aa_subject"]).split("#")[0])
@@ -269,10 +271,17 @@ def promote_command(
     to: Annotated[
         Path | None, typer.Option(help="Default: measurements/<device of the run>.")
     ] = None,
+    add: Annotated[
+        bool, typer.Option("--add", help="Beside the recorded run: timings and serving it lacks.")
+    ] = False,
 ) -> None:
-    """Make a complete run the recorded one of its device, replacing what was there."""
-    from attn_profiling import promote
+    """Make a complete run the recorded one of its device, replacing what was there, or with --add
+    an addendum of it."""
+    from attn_profiling import addenda, promote
 
+    if add:
+        _say(f"{run} is recorded in {addenda.add(run, to)}")
+        return
     target, total = promote.promote(run, to, tell=lambda name: _say(f"packed {name}"))
     _say(f"{run} is recorded in {target}: {total / 1e6:.1f} MB")
 

@@ -65,6 +65,7 @@ class Samples:
     energy_note: str | None = None
     spin_clock_mhz: list[float] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
+    place: list[int] = field(default_factory=list)
     launch: str | None = None
     retaken: int = 0
     kernels: dict[str, int] = field(default_factory=dict)

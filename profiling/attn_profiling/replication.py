@@ -7,13 +7,12 @@ compares their times with the recorded ones anew, as `verify` does.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from attn_profiling.promote import KIND_OF
+from attn_profiling import addenda
+from attn_profiling.promote import KIND_OF, copied
 from attn_profiling.record import Record, RecordError, read, stale
 from attn_profiling.stats import ratio_replicates
 from attn_profiling.verify import TOLERANCE, compare_timing, conclusive, peer
@@ -59,18 +58,7 @@ def keep(run_dir: Path, target: Path | None = None) -> Path:
         raise NotKept(f"{run_dir}: records of {len(boards)} boards; keep a run of one")
     if target is None:
         target = home(records["device.json"]["device"]) / run_dir.resolve().name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        for name in names:
-            (temporary / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(run_dir / name, temporary / name)
-        temporary.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    copied(run_dir, names, target)
     return target
 
 
@@ -83,7 +71,7 @@ def compare(recorded: Path, folder: Path, tolerance: float = TOLERANCE) -> list[
     """
     rows: list[dict[str, Any]] = []
     for fresh in runs(folder):
-        for path in sorted((recorded / "timing").glob("*.json")):
+        for path in addenda.files(recorded, "timing"):
             if (fresh / "timing" / path.name).is_file():
                 now, then = read(fresh / "timing" / path.name, "timing"), read(path, "timing")
                 if now["run"] != then["run"] and now["content"]["gpu"] == then["content"]["gpu"]:

@@ -27,6 +27,7 @@ SEED = 20240711
 Array = NDArray[np.float64]
 Samples = Sequence[Sequence[float]]
 """Samples of one subject on one problem: one sequence of rounds for each process."""
+_OF_BURSTS = ("gpu_us", "event_us", "clock_mhz", "power_w", "energy_mj")
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,20 @@ def _medians(drawn: Array) -> Array:
     low, high = (n - 1) // 2, n // 2
     parted = np.partition(drawn, (low, high), axis=1)
     return 0.5 * (parted[:, low] + parted[:, high])
+
+
+def burst_means(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Samples of one subject in which the bursts of a process are one: their mean.
+
+    The clock swings with a period of a few bursts, and only a process's bursts together have met it
+    in every phase. Readings that are missing (None) do not count; a process without any has None.
+    """
+    means = dict(sample)
+    for name in _OF_BURSTS:
+        if name in sample:
+            known = [[x for x in process if x is not None] for process in sample[name]]
+            means[name] = [[float(np.mean(found))] if found else [None] for found in known]
+    return means
 
 
 def replicates(samples: Samples) -> Replicates:

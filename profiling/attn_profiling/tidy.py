@@ -21,7 +21,8 @@ import numpy as np
 
 from attn_ladder import stage
 from attn_ladder.problem import Problem, read_problems
-from attn_profiling import metrics, ncu_rep, record, stats, tidy_serving
+from attn_profiling import addenda, metrics, ncu_rep, record, stats, tidy_serving
+from attn_profiling.config import MODEL
 from attn_profiling.stats import Interval
 
 METRICS_COLUMNS = (
@@ -188,28 +189,45 @@ class Run:
                 f"{raw}: no device.json; name a run's folder (runs/<id>, measurements/<device>)"
             )
         self.device = record.read(raw / "device.json", "device")
+        self.addenda = [
+            (run / "device.json", record.read(run / "device.json", "device"))
+            for run in addenda.runs(raw)
+        ]
         self.checks = self._all("check")
         self.timings = self._all("timing")
         self.hosts = self._all("host")
         self.profiles = self._all("ncu")
-        model = raw / "serving" / "model.json"
-        self.models = [(model, record.read(model, "model"))] if model.is_file() else []
-        served = sorted(path for path in (raw / "serving").glob("*.json") if path != model)
-        self.decodes = [(path, record.read(path, "decode")) for path in served]
+        served = addenda.files(raw, "serving")
+        self.models = [(p, record.read(p, "model")) for p in served if p.name == "model.json"]
+        self.decodes = [(p, record.read(p, "decode")) for p in served if p.name != "model.json"]
+        machines = {path.parent: data for path, data in self.machines()}
         for path, data in self.records():
-            if data["run"] != self.device["run"]:
+            folder = path.parent if path.name == "device.json" else path.parent.parent
+            if data["run"] != machines[folder]["run"]:
                 raise ValueError(
                     f"{path}: belongs to run {data['run']!r}, device.json to"
-                    f" {self.device['run']!r}; a folder holds one run, ratios never cross runs"
+                    f" {machines[folder]['run']!r}; a folder holds one run, ratios never cross runs"
                 )
+        self._run_of = {(data["suite"], data["regime"]): data["run"] for _, data in self.timings}
+        self._run_of |= {(data["suite"], None): data["run"] for _, data in self.decodes}
+        self._run_of |= {(data["suite"] or MODEL, None): data["run"] for _, data in self.models}
 
     def _all(self, kind: str) -> list[tuple[Path, dict[str, Any]]]:
-        return [
-            (path, record.read(path, kind)) for path in sorted((self.raw / kind).glob("*.json"))
-        ]
+        return [(path, record.read(path, kind)) for path in addenda.files(self.raw, kind)]
+
+    def name_of(self, suite: str, regime: str) -> str:
+        """The id of the run that a suite was measured in: this one's, or that of an addendum."""
+        found = self._run_of.get((suite, regime)) or self._run_of.get((suite, None))
+        return str(found or self.device["run"])
+
+    def machines(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """What was measured on: this run and its addenda."""
+        yield self.raw / "device.json", self.device
+        yield from self.addenda
 
     def records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        yield self.raw / "device.json", self.device
+        """Everything that tables are made of."""
+        yield from self.machines()
         for group in (self.checks, self.timings, self.hosts, self.profiles):
             yield from group
         for group in (self.decodes, self.models):
@@ -267,7 +285,7 @@ class Tidier:
         for statistic, value in values.items():
             self.tables.metrics.append(
                 {
-                    "run": self.run.device["run"],
+                    "run": self.run.name_of(suite, regime),
                     "device": self.device,
                     "suite": suite,
                     "problem": problem,
@@ -317,7 +335,7 @@ class Tidier:
     ) -> None:
         self.tables.speedups.append(
             {
-                "run": self.run.device["run"],
+                "run": self.run.name_of(suite, regime),
                 "device": self.device,
                 "suite": suite,
                 "problem": problem,
@@ -429,7 +447,7 @@ class Tidier:
                 attempt = next((a for a in attempts if a["ok"]), attempts[-1])
                 conclusive = entry["status"] == "ok"
                 samples = {
-                    subject: s
+                    subject: stats.burst_means(s) if regime == "sustained" else s
                     for subject, s in attempt["samples"].items()
                     if not self.is_stale(path, data, subject)
                 }
@@ -813,6 +831,20 @@ class Tidier:
             "started": min(data["provenance"]["started"] for data in records),
             "packages": device["provenance"]["packages"],
             "gpu_uuid": device["provenance"]["gpu_uuid"],
+            "addenda": [
+                {
+                    "run": data["run"],
+                    "gpu_uuid": data["provenance"]["gpu_uuid"],
+                    "commit": data["provenance"]["commit"],
+                    "started": data["provenance"]["started"],
+                    "files": sorted(
+                        name
+                        for name, found in addenda.added(self.run.raw).items()
+                        if found.parent.parent == path.parent
+                    ),
+                }
+                for path, data in self.run.addenda
+            ],
             "states": {
                 path.relative_to(self.run.raw).as_posix(): {
                     when: data["provenance"][when] for when in ("before", "after")

@@ -237,18 +237,21 @@ def work(subjects: list[str]) -> None:
 
 
 def aa_ratio(results: list[dict[str, Any]]) -> float | None:
-    """Median over the processes' rounds of twin / original, paired by round."""
+    """Median over the processes' rounds of twin / original, paired by round; of bursts, over the
+    processes, as their times are compared (see `stats.burst_means`)."""
     ratios = []
     for result in results:
         name = result["aa_subject"]
         if name is None or name not in result["samples"]:
             return None
-        pair = (result["samples"][f"{name}#2"]["gpu_us"], result["samples"][name]["gpu_us"])
+        pair = [result["samples"][n]["gpu_us"] for n in (f"{name}#2", name)]
+        if result["samples"][name]["launch"] is not None:  # bursts
+            pair = [[statistics.fmean(times)] for times in pair]
         ratios += [twin / original for twin, original in zip(*pair, strict=True)]
     return statistics.median(ratios) if ratios else None
 
 
-_OPTIONAL = ("energy_mj", "spin_clock_mhz", "calls")
+_OPTIONAL = ("energy_mj", "spin_clock_mhz", "calls", "place")
 
 
 def merge(attempt: int, results: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
@@ -263,7 +266,7 @@ def merge(attempt: int, results: list[dict[str, Any]], tolerance: float) -> dict
         merged: dict[str, Any] = {
             key: [row[key] for row in rows]
             for key in ("gpu_us", "event_us", "clock_mhz", "power_w", *_OPTIONAL)
-            if key not in _OPTIONAL or any(row[key] for row in rows)
+            if key not in _OPTIONAL or any(row.get(key) for row in rows)
         }
         merged["retaken"] = [row["retaken"] for row in rows]
         merged["kernels"] = rows[0]["kernels"]

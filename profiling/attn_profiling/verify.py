@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from attn_profiling import ncu_rep, tidy, verdict
+from attn_profiling import addenda, ncu_rep, tidy, verdict
 from attn_profiling.record import Record, read
-from attn_profiling.stats import Replicates, over_problems, ratio_replicates
+from attn_profiling.stats import Replicates, burst_means, over_problems, ratio_replicates
 
 TOLERANCE = 0.025  # relative change of a ratio; A/A pairs of one machine stay within 0.01
 PEERS = ("fa3", "cudnn")
@@ -57,9 +57,13 @@ def judge(low: float, high: float, tolerance: float) -> str:
 
 
 def conclusive(record: Record) -> dict[str, dict[str, Any]]:
-    """Samples of the last attempt of each conclusive problem."""
+    """Samples of the last attempt of each conclusive problem; of bursts, the means of processes."""
+    sustained = record["regime"] == "sustained"
     return {
-        row["problem"]["id"]: row["attempts"][-1]["samples"]
+        row["problem"]["id"]: {
+            name: burst_means(sample) if sustained else sample
+            for name, sample in row["attempts"][-1]["samples"].items()
+        }
         for row in record["problems"]
         if row["status"] == "ok"
     }
@@ -228,10 +232,10 @@ def compare_tokens(fresh: Record, recorded: Record) -> list[Claim]:
     return [Claim(name, told[0], told[1], None, None, None, verdict)]
 
 
-def _serving(fresh: Path, recorded: Path, tolerance: float) -> list[Claim]:
+def _serving(fresh: Path, recorded: Iterable[Path], tolerance: float) -> list[Claim]:
     """Claims of decoding and of a model, of what both runs measured."""
     claims: list[Claim] = []
-    for path in sorted(recorded.glob("*.json")):
+    for path in recorded:
         if not (fresh / path.name).is_file():
             continue
         kind = "model" if path.name == "model.json" else "decode"
@@ -271,7 +275,7 @@ def verify(
         )
     claims: list[Claim] = []
     for kind in ("check", "timing"):
-        for path in sorted((recorded_dir / kind).glob("*.json")):
+        for path in addenda.files(recorded_dir, kind):
             if not (fresh_dir / kind / path.name).is_file():
                 continue
             records = read(fresh_dir / kind / path.name, kind), read(path, kind)
@@ -279,7 +283,7 @@ def verify(
                 claims += compare_check(*records)
             else:
                 claims += compare_timing(*records, tolerance)
-    claims += _serving(fresh_dir / "serving", recorded_dir / "serving", tolerance)
+    claims += _serving(fresh_dir / "serving", addenda.files(recorded_dir, "serving"), tolerance)
     constraints, here, provenance = judged(fresh_dir, config, open_report)
     _, there, _ = judged(recorded_dir, config, open_report)
     claims += compare_verdicts(constraints, here, there, provenance["suites"])

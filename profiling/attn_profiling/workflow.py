@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from attn_ladder.problem import Problem
-from attn_profiling import container, device, environment, record
+from attn_profiling import addenda, container, device, environment, record
 from attn_profiling.config import Config, ConfigError, raw_files, validate
 
 TARGETS = ("all", "results", "measure", "verify", "container")
@@ -60,8 +60,10 @@ class Plan:
 
     @property
     def raw_files(self) -> list[str]:
-        """The files of a complete run, with their folder."""
-        return [str(self.raw / name) for name in raw_files(self.config)]
+        """The files of a complete run, with their folder, and those of its addenda."""
+        files = [str(self.raw / name) for name in raw_files(self.config)]
+        added = (path for run in addenda.runs(self.raw) for path in sorted(run.rglob("*.json")))
+        return files + [str(path) for path in added]
 
     @property
     def digest_file(self) -> Path:
@@ -201,7 +203,8 @@ def _recorded(config: Config, raw: Path) -> tuple[Config, list[str]]:
     if not path.is_file():
         return config, []
     held = {**config, "suites": json.loads(path.read_text())["suites"]}
-    return held, [name for name in raw_files(config) if name not in raw_files(held)]
+    there = {*raw_files(held), *addenda.added(raw)}
+    return held, [name for name in raw_files(config) if name not in there]
 
 
 def prepare(

@@ -1,0 +1,81 @@
+"""Runs that complete a recorded one: timings and serving that it lacks, measured later.
+
+`measurements/<device>/addenda/<run>/` is a whole run of one board, with its own checks, of which
+the timings and the parts of serving are rendered beside those of the recorded run. Each file is
+rendered from one run, so a ratio never crosses two; every row says which run it is from.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from attn_profiling.promote import NotPromoted, complete, copied
+from attn_profiling.record import Record, read
+
+FOLDER = "addenda"
+KINDS = ("timing", "serving")
+
+
+def runs(raw: Path) -> list[Path]:
+    """The addenda of a recorded run, by name."""
+    return sorted(path.parent for path in (raw / FOLDER).glob("*/device.json"))
+
+
+def files(raw: Path, kind: str) -> list[Path]:
+    """The records of a kind, by name: those of the run in `raw` and of its addenda, which take the
+    place of one that was interrupted there."""
+    found = {path.name: path for path in (raw / kind).glob("*.json")}
+    for run in runs(raw) if kind in KINDS else ():
+        found |= {path.name: path for path in (run / kind).glob("*.json")}
+    return [found[name] for name in sorted(found)]
+
+
+def added(raw: Path) -> dict[str, Path]:
+    """{name of a record, such as timing/smoke.spaced.json: where it is} of all addenda."""
+    paths = [path for kind in KINDS for path in files(raw, kind)]
+    return {f"{p.parent.name}/{p.name}": p for p in paths if p.parent.parent != raw}
+
+
+def add(run_dir: Path, recorded: Path | None = None) -> Path:
+    """Copy a complete run to the addenda of the recorded run of its device.
+
+    Raises `NotPromoted` and changes nothing if the run is incomplete, has other steps than checks,
+    timings and serving, repeats what was recorded whole, or is of another machine or configuration
+    (but for how bursts are made) than the recorded run.
+    """
+    records = complete(run_dir)
+    device = records["device.json"]
+    recorded = recorded or Path("measurements") / device["device"]
+    if not (recorded / "device.json").is_file():
+        raise NotPromoted(f"{recorded}: no recorded run that {run_dir} could complete; promote one")
+    wrong = [
+        f"{name}: only checks, timings and serving can be added"
+        for name in records
+        if name.split("/")[0] not in ("device.json", "check", *KINDS)
+    ]
+    wrong += [
+        f"{name}: {recorded} has it whole; name only suites that it lacks"
+        for name in records
+        if name.split("/")[0] in KINDS
+        and (recorded / name).is_file()
+        and "closed" not in json.loads((recorded / name).read_text())["provenance"]
+    ]
+    here, there = (_machine(d) for d in (device, read(recorded / "device.json", "device")))
+    wrong += [
+        f"{key}={here[key]!r}, but the recorded run has {there[key]!r}"
+        for key in here
+        if here[key] != there[key]
+    ]
+    if wrong:
+        raise NotPromoted(f"{run_dir} does not complete {recorded}:\n  " + "\n  ".join(wrong))
+    target = recorded / FOLDER / run_dir.resolve().name
+    copied(run_dir, ["config.json", *records], target)
+    return target
+
+
+def _machine(record: Record) -> dict[str, Any]:
+    content = dict(record["content"])
+    measuring = content.pop("measuring")
+    return content | {k: v for k, v in measuring.items() if not k.startswith("sustained")}

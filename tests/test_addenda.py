@@ -1,0 +1,197 @@
+"""Runs that complete a recorded one are rendered beside it, and nothing crosses them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import synthetic
+from typer.testing import CliRunner
+
+from attn_profiling import addenda, promote, tidy, verify
+from attn_profiling.cli import app
+from attn_profiling.promote import NotPromoted
+from attn_profiling.record import RecordError
+from attn_profiling.workflow import Plan, _recorded
+from paper.evidence import load
+
+NOTHING = {"check": [], "time": {"spaced": [], "sustained": []}, "host": [], "profile": []}
+FIRST = {"suites": NOTHING | {"check": ["smoke"], "time": {"spaced": ["smoke"], "sustained": []}}}
+MORE = {
+    "suites": NOTHING
+    | {
+        "check": ["gate", "smoke"],
+        "time": {"spaced": ["gate"], "sustained": ["smoke"]},
+    }
+}
+BOARD = "GPU-another"
+
+
+def edited(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def later(data):
+    data["run"] = "later"
+    data["provenance"]["gpu_uuid"] = BOARD
+    data["content"]["measuring"]["sustained_bursts"] = 9
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(a run, a later one of other suites)"""
+    folder = tmp_path_factory.mktemp("made")
+    for name, config in (("one", FIRST), ("later", MORE)):
+        maker = synthetic.Maker(folder / name)
+        maker.device()
+        maker.check("smoke")
+        if name == "one":
+            maker.timing("smoke", "spaced")
+        else:
+            maker.check("gate")
+            maker.timing("gate", "spaced")
+            maker.timing("smoke", "sustained")
+            for path in maker.folder.rglob("*.json"):
+                edited(path, later)
+        (maker.folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def runs(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "runs"))
+
+
+@pytest.fixture
+def recorded(runs, tmp_path):
+    target = tmp_path / "measurements" / "h100-sxm-80gb"
+    promote.promote(runs / "one", target)
+    return target
+
+
+def tree(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def refused(runs, recorded, message):
+    before = tree(recorded.parent)
+    with pytest.raises(NotPromoted, match=message):
+        addenda.add(runs / "later", recorded)
+    assert tree(recorded.parent) == before
+
+
+def test_a_run_is_rendered_with_its_addendum(runs, recorded):
+    alone = tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
+    assert addenda.add(runs / "later", recorded) == recorded / "addenda" / "later"
+    both = tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
+    of_first = [row for row in both.metrics if row["run"] != "later"]
+    assert of_first == alone.metrics
+    added = {(r["suite"], r["regime"]) for r in both.speedups if r["run"] == "later"}
+    assert added == {("gate", "spaced"), ("smoke", "sustained")}
+    spaced = {r["run"] for r in both.speedups if (r["suite"], r["regime"]) == ("smoke", "spaced")}
+    assert spaced == {"synthetic"}
+    (found,) = both.provenance["addenda"]
+    assert found["run"] == "later" and found["gpu_uuid"] == BOARD
+    assert found["files"] == ["timing/gate.spaced.json", "timing/smoke.sustained.json"]
+    assert "addenda/later/timing/gate.spaced.json" in both.provenance["states"]
+
+
+def test_checks_of_an_addendum_are_not_rendered_twice(runs, recorded):
+    addenda.add(runs / "later", recorded)
+    rows = tidy.tidy(recorded, "replay", synthetic.PROBLEMS).metrics
+    keys = [tuple(v for k, v in row.items() if k not in ("value", "run")) for row in rows]
+    assert len(keys) == len(set(keys))
+
+
+def test_what_was_recorded_whole_is_not_replaced(runs, recorded):
+    shutil.copy(runs / "later" / "timing" / "smoke.sustained.json", recorded / "timing")
+    refused(runs, recorded, "timing/smoke.sustained.json: .* has it whole")
+
+
+def test_what_was_interrupted_is_replaced(runs, recorded):
+    target = recorded / "timing" / "smoke.sustained.json"
+    shutil.copy(runs / "later" / "timing" / "smoke.sustained.json", target)
+    edited(target, lambda data: data.update(run="synthetic"))
+    closed = {"commit": "c" * 40, "dirty": False, "at": "then", "provenance_of": "x"}
+    edited(target, lambda data: data["provenance"].update(closed=closed))
+    addenda.add(runs / "later", recorded)
+    assert addenda.files(recorded, "timing")[-1].is_relative_to(recorded / "addenda")
+    tables = tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
+    assert {r["run"] for r in tables.speedups if r["regime"] == "sustained"} == {"later"}
+    assert tables.provenance["closed"] == {}
+
+
+def test_counters_are_not_added(runs, recorded):
+    maker = synthetic.Maker(runs / "later")
+    maker.host("smoke")
+    edited(runs / "later" / "host" / "smoke.json", later)
+    edited(runs / "later" / "config.json", lambda data: data["suites"].update(host=["smoke"]))
+    refused(runs, recorded, "host/smoke.json: only checks, timings and serving")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data["content"].update(driver="1.2"), "driver='1.2', but the recorded run"),
+        (lambda data: data["content"]["measuring"].update(gap_us=7), "gap_us=7, but the recorded"),
+    ],
+)
+def test_another_machine_or_configuration_is_refused(runs, recorded, change, message):
+    for path in (runs / "later").rglob("*.json"):
+        if path.name != "config.json":
+            edited(path, change)
+    refused(runs, recorded, message)
+
+
+def test_there_is_a_run_to_complete(runs, tmp_path):
+    refused(runs, tmp_path / "measurements" / "nothing", "no recorded run")
+
+
+def test_a_record_of_another_run_among_an_addendum_is_found(runs, recorded):
+    where = addenda.add(runs / "later", recorded)
+    edited(where / "timing" / "gate.spaced.json", lambda data: data.update(run="third"))
+    with pytest.raises(ValueError, match="belongs to run 'third', device.json to 'later'"):
+        tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
+
+
+def test_a_broken_addendum_is_an_error(runs, recorded):
+    where = addenda.add(runs / "later", recorded)
+    (where / "timing" / "gate.spaced.json").write_text("{")
+    with pytest.raises(RecordError, match="not valid JSON"):
+        tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
+
+
+def test_verify_compares_with_the_addendum(runs, recorded):
+    addenda.add(runs / "later", recorded)
+    claims = verify.verify(runs / "later", recorded, open_report=synthetic.open_report)
+    told = {claim.claim: claim.verdict for claim in claims}
+    assert told["stage5 against its peer, gate spaced"] == "PASS"
+    assert told["stage5 against its peer, smoke sustained"] == "PASS"
+
+
+def test_a_replay_depends_on_addenda_and_asks_for_no_more(runs, recorded):
+    addenda.add(runs / "later", recorded)
+    config = {**MORE, "problems": "x"}
+    held, unmeasured = _recorded(config, recorded)
+    assert unmeasured == ["check/gate.json"]
+    plan = Plan(held, "replay", "x", recorded, "none", (), {}, "c", False)
+    assert str(recorded / "addenda" / "later" / "timing" / "gate.spaced.json") in plan.raw_files
+
+
+def test_the_command_adds(runs, recorded):
+    done = CliRunner().invoke(
+        app, ["promote", "--run", str(runs / "later"), "--add", "--to", str(recorded)]
+    )
+    assert done.exit_code == 0, done.output
+    assert (recorded / "addenda" / "later" / "config.json").is_file()
+
+
+def test_the_paper_says_which_run_a_file_is_from(runs, recorded, tmp_path):
+    addenda.add(runs / "later", recorded)
+    synthetic.derive(recorded, tmp_path / "results")
+    evidence = load(tmp_path / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+    assert "run synthetic + later," in evidence.stamp
+    assert "is from run later, of another board" in evidence.added("timing/smoke.sustained.json")
+    assert evidence.added("timing/smoke.spaced.json") == ""
