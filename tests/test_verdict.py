@@ -545,6 +545,13 @@ def test_a_median_leaves_out_what_was_inconclusive_but_not_what_was_not_measured
     assert by_hypothesis("speed-minimum", "grid", *rows) == INCONCLUSIVE
 
 
+@pytest.mark.parametrize(("off", "said"), [(2, SUPPORTED), (3, INCONCLUSIVE)])
+def test_a_median_of_what_is_left_of_a_suite_decides_nothing(off, said):
+    needed = EVERY["grid"][tidy.MINIMUM]
+    rows = timed(needed, "fa3", [tidy.MEDIAN], inconclusive=needed[:off])
+    assert by_hypothesis("speed-minimum", "grid", *rows) == said
+
+
 @pytest.mark.parametrize(
     ("pair", "high", "said"),
     [

@@ -48,6 +48,8 @@ POST_HOC = " (post hoc)"
 PREDICTIONS = "predictions.csv"
 LEAST = 3
 """Fewer processes, or problems for a counter, decide nothing."""
+LEFT_OUT = 0.1
+"""A median over a suite decides nothing where a larger share of its A/A pairs was off."""
 ALL_SUITES = "(all)"
 PASSED = "passed"
 PREDICTION_ERROR = "prediction_error"
@@ -292,13 +294,17 @@ class Evidence:
 
     def stands(self, hypothesis: Hypothesis, suite: str) -> bool:
         """Whether what a hypothesis speaks of was measured on every problem that it names, with an
-        A/A pair that agreed; a median leaves out problems whose pair did not, but no others."""
+        A/A pair that agreed; a median leaves out problems whose pair did not, at most a tenth, but
+        no others."""
         witness, regime = hypothesis.witness, hypothesis.regime
         if hypothesis.every is not None:
             needed = self.every_problem.get(suite, {}).get(hypothesis.every, ())
             return bool(needed) and all(self._has(witness, suite, regime, p) for p in needed)
         if witness.get("problem", MEDIAN) == MEDIAN:
             needed = self.every_problem.get(suite, {}).get(MINIMUM, ())
+            off = [p for p in needed if (suite, regime, p) not in self.conclusive]
+            if witness["kind"] == "speedup" and len(off) > LEFT_OUT * len(needed):
+                return False
             return bool(needed) and all(self._tried(hypothesis, suite, p) for p in needed)
         if witness["kind"] == "counter":
             return True
