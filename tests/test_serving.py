@@ -15,7 +15,7 @@ import synthetic
 import torch
 from fake_gpu import fake_gpu
 
-from attn_profiling import promote, record, serving, settings, sources, tidy, verify
+from attn_profiling import addenda, promote, record, serving, settings, sources, tidy, verify
 from attn_profiling import serving_check as sc
 from attn_profiling.launches import MeasureError
 from attn_profiling.session import Session
@@ -534,7 +534,7 @@ def claims(maker, tmp_path, change=None):
     fresh.model()
     if change:
         change(fresh.folder / "serving")
-    found = verify._serving(fresh.folder / "serving", maker.folder / "serving", 0.025)
+    found = verify._serving(fresh.folder / "serving", addenda.files(maker.folder, "serving"), 0.025)
     return {claim.claim.split(",")[0]: claim.verdict for claim in found}
 
 

@@ -479,13 +479,13 @@ def _measure_model(session: Session, model: Path, folder: Path) -> Record:
             " null to measure none"
         )
     software = {}
-    for name in ("transformers", "gguf"):
+    for name in ("transformers", "gguf", "accelerate"):
         try:
             software[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             raise ValueError(
                 f"model={str(model)!r} needs the package {name}, which is not installed:"
-                " pip install transformers gguf, or model=null to measure none"
+                " make measure LOCK=cuda installs it, or model=null measures none"
             ) from None
     folder.mkdir(parents=True, exist_ok=True)
     found_file, log = folder / "model.found.json", folder / "model.log"
