@@ -62,6 +62,8 @@ rule measure:
 
 
 rule verify:
+    input:
+        PLAN.raw_files if PLAN.tier == "measure" else [],
     log:
         "results/logs/verify.log",
     params:

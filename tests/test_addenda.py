@@ -123,6 +123,19 @@ def test_what_was_interrupted_is_replaced(runs, recorded):
     assert tables.provenance["closed"] == {}
 
 
+def test_a_file_is_in_one_addendum(runs, recorded):
+    addenda.add(runs / "later", recorded)
+    addenda.add(runs / "later", recorded)  # again, under its own name
+    (runs / "later").rename(runs / "third")
+    with pytest.raises(NotPromoted, match="later has it whole"):
+        addenda.add(runs / "third", recorded)
+
+
+def test_the_limit_of_a_recorded_run_holds_with_its_addenda(runs, recorded, monkeypatch):
+    monkeypatch.setattr(addenda, "LIMIT_BYTES", 1000)
+    refused(runs, recorded, "name fewer suites")
+
+
 def test_counters_are_not_added(runs, recorded):
     maker = synthetic.Maker(runs / "later")
     maker.host("smoke")

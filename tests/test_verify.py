@@ -161,7 +161,28 @@ def test_another_kernel_is_not_compared_as_the_same(recorded, tmp_path):
     data["subjects"]["stage1"]["kernel_hash"] = "0" * 16
     path.write_text(json.dumps(data))
     claims = {c.claim.split()[0]: c for c in verify.verify(run, recorded)}
-    assert claims["stage1"].verdict == "AMBIGUOUS" and "stale" in claims["stage1"].note
+    assert claims["stage1"].verdict == "AMBIGUOUS"
+    assert "different kernels" in claims["stage1"].note
+
+
+def test_what_the_fresh_run_lacks_does_not_pass(recorded, tmp_path):
+    run = make(tmp_path, 2)
+    (run / "timing" / "gate.spaced.json").rename(run / "timing" / "other.spaced.json")
+    claims = {c.claim: c for c in verify.verify(run, recorded)}
+    lost = claims["timing/gate.spaced.json"]
+    assert (lost.verdict, lost.fresh) == ("AMBIGUOUS", "not measured")
+    assert verify.overall(claims.values()) != "PASS"
+
+
+def test_times_measured_in_another_way_do_not_pass(recorded, tmp_path):
+    run = make(tmp_path, 2)
+    path = run / "timing" / "gate.spaced.json"
+    data = json.loads(path.read_text())
+    data["content"]["measuring"]["gap_us"] += 1
+    path.write_text(json.dumps(data))
+    claims = {c.claim.split()[0]: c for c in verify.verify(run, recorded)}
+    assert claims["stage1"].verdict == "AMBIGUOUS"
+    assert "another way" in claims["stage1"].note
 
 
 def test_problems_that_are_inconclusive_now_do_not_pass(recorded, tmp_path):

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from attn_profiling.promote import NotPromoted, complete, copied
+from attn_profiling.promote import LIMIT_BYTES, NotPromoted, complete, copied
 from attn_profiling.record import Record, read
 
 FOLDER = "addenda"
@@ -34,8 +34,7 @@ def files(raw: Path, kind: str) -> list[Path]:
 
 def added(raw: Path) -> dict[str, Path]:
     """{name of a record, such as timing/smoke.spaced.json: where it is} of all addenda."""
-    paths = [path for kind in KINDS for path in files(raw, kind)]
-    return {f"{p.parent.name}/{p.name}": p for p in paths if p.parent.parent != raw}
+    return {name: path for name, path in _held(raw).items() if path.parent.parent != raw}
 
 
 def add(run_dir: Path, recorded: Path | None = None) -> Path:
@@ -55,12 +54,13 @@ def add(run_dir: Path, recorded: Path | None = None) -> Path:
         for name in records
         if name.split("/")[0] not in ("device.json", "check", *KINDS)
     ]
+    target = recorded / FOLDER / run_dir.resolve().name
     wrong += [
-        f"{name}: {recorded} has it whole; name only suites that it lacks"
-        for name in records
-        if name.split("/")[0] in KINDS
-        and (recorded / name).is_file()
-        and "closed" not in json.loads((recorded / name).read_text())["provenance"]
+        f"{name}: {path.parent.parent} has it whole; name only suites that are lacking"
+        for name, path in _held(recorded).items()
+        if name in records
+        and not path.is_relative_to(target)
+        and "closed" not in json.loads(path.read_text())["provenance"]
     ]
     here, there = (_machine(d) for d in (device, read(recorded / "device.json", "device")))
     wrong += [
@@ -70,9 +70,19 @@ def add(run_dir: Path, recorded: Path | None = None) -> Path:
     ]
     if wrong:
         raise NotPromoted(f"{run_dir} does not complete {recorded}:\n  " + "\n  ".join(wrong))
-    target = recorded / FOLDER / run_dir.resolve().name
+    size = sum((run_dir / name).stat().st_size for name in records)
+    held = sum(path.stat().st_size for path in recorded.rglob("*") if path.is_file())
+    if size + held > LIMIT_BYTES:
+        raise NotPromoted(
+            f"{run_dir} takes {size / 1e6:.1f} MB beside {held / 1e6:.1f} MB, together more than"
+            f" {LIMIT_BYTES / 1e6:.1f} MB; name fewer suites"
+        )
     copied(run_dir, ["config.json", *records], target)
     return target
+
+
+def _held(recorded: Path) -> dict[str, Path]:
+    return {f"{kind}/{path.name}": path for kind in KINDS for path in files(recorded, kind)}
 
 
 def _machine(record: Record) -> dict[str, Any]:

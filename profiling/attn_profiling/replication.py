@@ -79,18 +79,6 @@ def compare(recorded: Path, folder: Path, tolerance: float = TOLERANCE) -> list[
     return rows
 
 
-def _protocol(record: Record) -> dict[str, Any]:
-    """What of the measuring configuration decides how a suite is timed in its regime."""
-    measuring = record["content"]["measuring"]
-    sustained = record["regime"] == "sustained"
-    other = ("aa_tolerance", "max_attempts", "host_calls", "seed")
-    return {
-        key: value
-        for key, value in measuring.items()
-        if key not in other and key.startswith("sustained") == sustained
-    }
-
-
 def _most(now: Record, then: Record, subject: str) -> tuple[str, float] | None:
     """The problem on which a subject's ratio to its peer changed most, and by how much."""
     ours, theirs = conclusive(now), conclusive(then)
@@ -121,12 +109,8 @@ def _rows(now: Record, then: Record, tolerance: float) -> list[dict[str, Any]]:
         row = {name: "" if value is None else value for name, value in asdict(claim).items()}
         subject = row.pop("claim").split()[0]
         most = _most(now, then, subject)
-        why = None
         if any(stale(record, subject) for record in (now, then)):
             why = "its kernel has changed since"
-        elif _protocol(now) != _protocol(then):
-            why = "measured in another way"
-        if why is not None:
             row |= {"verdict": "AMBIGUOUS", "note": f"{why}; {row['note']}"}
         row |= {"most_problem": "", "most_change": ""}
         if most is not None:

@@ -452,6 +452,8 @@ class Tidier:
                     if not self.is_stale(path, data, subject)
                 }
                 self._timed_problem(suite, problem, regime, samples, conclusive)
+                if conclusive:
+                    self._energies(suite, problem, regime, samples)
                 self._attempts(suite, problem, regime, entry, samples, conclusive)
                 for pair, ratio in self._ratios(samples).items():
                     found = ratio.interval()
@@ -594,7 +596,7 @@ class Tidier:
             for entry, problem in self.entries(path, data):
                 pairs = self._host_pair(path, data, problem, entry["samples"])
                 fa3 = entry["samples"].get(REFERENCE_PEER)
-                if self.is_stale(path, data, REFERENCE_PEER):
+                if fa3 and self.is_stale(path, data, REFERENCE_PEER):
                     fa3 = None
                 for subject, taken in entry["samples"].items():
                     if self.is_stale(path, data, subject):
@@ -687,30 +689,28 @@ class Tidier:
             )
             self.interval(suite, problem, subject, NO_REGIME, name, "%", share)
 
-    def energy_over_fa3(self) -> None:
-        """Energy of a call over that of FA3, where both were read; of FA3's A/A twin, how well such
-        ratios repeat."""
-        rows = [
-            r for r in self.tables.metrics
-            if (r["metric"], r["statistic"]) == ("energy_mj", "median")
-        ]  # fmt: skip
-        energy = {(r["suite"], r["problem"], r["regime"], r["subject"]): r["value"] for r in rows}
-        for (suite, problem, regime, subject), value in energy.items():
-            base = energy.get((suite, problem, regime, REFERENCE_PEER))
-            if base and subject != REFERENCE_PEER and "#" not in subject:
-                self.metric(
-                    suite, self.known[problem], subject, regime, "energy_over_fa3", "1",
-                    value=value / base,
-                )  # fmt: skip
-            if base and subject == f"{REFERENCE_PEER}#2":
-                self.metric(
-                    suite, self.known[problem], REFERENCE_PEER, regime, "energy_aa", "1",
-                    value=value / base,
-                )  # fmt: skip
+    def _energies(
+        self, suite: str, problem: Problem, regime: str, samples: Mapping[str, Any]
+    ) -> None:
+        """Energy of a call over that of FA3, by process, where both were read; of FA3's A/A twin,
+        how well such ratios repeat."""
+        read = {name: present(taken.get("energy_mj")) for name, taken in samples.items()}
+        base = [float(np.median(process)) for process in read.get(REFERENCE_PEER, [])]
+        for name, found in read.items():
+            if not base or not found or name == REFERENCE_PEER:
+                continue
+            own = [float(np.median(process)) for process in found]
+            over = float(np.median(np.divide(own, base)))
+            subject, metric = name, "energy_over_fa3"
+            if "#" in name:
+                if base_name(name) != REFERENCE_PEER:
+                    continue
+                subject, metric = REFERENCE_PEER, "energy_aa"
+            self.metric(suite, problem, subject, regime, metric, "1", value=over)
 
     def over_bf16(self) -> None:
         """GPU time in fp16 over that of the same problem in bf16, where both agreed with their A/A
-        pair."""
+        pair and are of one run."""
 
         def shape(problem: Problem) -> Problem:
             return replace(problem, id="any", suites=("any",), dtype="bf16")
@@ -722,6 +722,8 @@ class Tidier:
         }
         for (suite, _, subject, regime), (problem, gpu) in self.gpu_us.items():
             base = in_bf16.get((shape(problem), subject, regime))
+            if self.run.name_of(suite, regime) != self.run.name_of("grid", regime):
+                base = None
             if base is not None and problem.dtype == "fp16" and "#" not in subject:
                 self.metric(
                     suite, problem, subject, regime, "over_bf16", "1", value=gpu.value / base.value
@@ -874,7 +876,6 @@ class Tidier:
         self.checks()
         self.timings()
         self.per_sequence_gpu()
-        self.energy_over_fa3()
         self.over_bf16()
         self.hosts()
         self.profiles()

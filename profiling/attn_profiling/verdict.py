@@ -52,6 +52,8 @@ LEFT_OUT = 0.1
 """A median over a suite decides nothing where a larger share of its A/A pairs was off."""
 ALL_SUITES = "(all)"
 PASSED = "passed"
+BORROWED = "borrowed: "
+"""Before a control that plants what the primary witness of a constraint sees, not this one."""
 PREDICTION_ERROR = "prediction_error"
 AA = "A/A"
 """Control of a ratio of times: a kernel against itself; its departure from 1 widens intervals."""
@@ -227,16 +229,19 @@ def p_value(found: Interval | None, hypothesis: Hypothesis) -> float:
 class Evidence:
     """The tidy tables, looked up by hypothesis.
 
-    `every_problem` holds, for each suite and reduction, the problems that the reduction needs.
+    Of `provenance`, `every_problem` holds, for each suite and reduction, the problems that the
+    reduction needs.
     """
 
     def __init__(
         self,
         metrics: Sequence[Row],
         speedups: Sequence[Row],
-        every_problem: Mapping[str, Mapping[str, Sequence[str]]],
+        provenance: Mapping[str, Any],
     ) -> None:
-        self.every_problem = every_problem
+        self.run, self.device = provenance["run"], provenance["device"]
+        self.every_problem: Mapping[str, Mapping[str, Sequence[str]]] = provenance["every_problem"]
+        self.run_of = {(row["suite"], row["regime"]): row.get("run", self.run) for row in metrics}
         self.metrics: dict[tuple[str, ...], dict[str, float]] = {}
         for row in metrics:
             key = tuple(row[c] for c in ("suite", "regime", "subject", "metric", "problem"))
@@ -303,7 +308,8 @@ class Evidence:
         if witness.get("problem", MEDIAN) == MEDIAN:
             needed = self.every_problem.get(suite, {}).get(MINIMUM, ())
             off = [p for p in needed if (suite, regime, p) not in self.conclusive]
-            if witness["kind"] == "speedup" and len(off) > LEFT_OUT * len(needed):
+            of_times = witness["kind"] == "speedup" or hypothesis.predicts
+            if of_times and len(off) > LEFT_OUT * len(needed):
                 return False
             return bool(needed) and all(self._tried(hypothesis, suite, p) for p in needed)
         if witness["kind"] == "counter":
@@ -435,7 +441,7 @@ def judge(
 
     Rows follow the order of constraints.yaml. An effect that was not measured is left blank.
     """
-    evidence = Evidence(metrics, speedups, provenance["every_problem"])
+    evidence = Evidence(metrics, speedups, provenance)
     fixed = provenance["constraints_sha256"] == [constraints.sha256]
     predicted = provenance.get("predictions_sha256") == [constraints.predictions_sha256]
     controls = {
@@ -472,10 +478,13 @@ def judge(
                 verdict = INCONCLUSIVE
             if hypothesis.controlled and not control.startswith(PASSED):
                 verdict = INCONCLUSIVE
+            told = control
+            if hypothesis.controlled and hypothesis.role != "primary":
+                told = f"{BORROWED}{control}"
             post_hoc = "" if fixed and (predicted or not hypothesis.predicts) else POST_HOC
             if hypothesis.role == "primary":
                 by_constraint.setdefault(hypothesis.constraint, {})[suite] = verdict
-            rows.append(_row(provenance, hypothesis, suite, interval, control, verdict + post_hoc))
+            rows.append(_row(evidence, hypothesis, suite, interval, told, verdict + post_hoc))
     for name, verdicts in by_constraint.items():
         hypothesis = next(
             h for h in constraints.hypotheses if (h.constraint, h.role) == (name, "primary")
@@ -488,13 +497,13 @@ def judge(
         whole = wholes.pop() if len(wholes) == 1 else None
         interval = evidence.interval(hypothesis, whole) if whole else None
         overall += "" if fixed else POST_HOC
-        row = _row(provenance, hypothesis, ALL_SUITES, interval, controls[name], overall)
+        row = _row(evidence, hypothesis, ALL_SUITES, interval, controls[name], overall)
         rows.append(row)
     return rows
 
 
 def _row(
-    provenance: Mapping[str, Any],
+    evidence: Evidence,
     hypothesis: Hypothesis,
     suite: str,
     found: Interval | None,
@@ -507,8 +516,8 @@ def _row(
             low, min(0.0, found.value)
         )  # no counter is negative; the symmetric interval may be
     return {
-        "run": provenance["run"],
-        "device": provenance["device"],
+        "run": evidence.run_of.get((suite.partition("/")[0], hypothesis.regime), evidence.run),
+        "device": evidence.device,
         "constraint": hypothesis.constraint or hypothesis.role,
         "suite": suite,
         "regime": hypothesis.regime,

@@ -75,6 +75,18 @@ def peer(samples: Iterable[str]) -> str | None:
     return next((name for name in PEERS if name in present), None)
 
 
+def protocol(record: Record) -> dict[str, Any]:
+    """What of the measuring configuration decides how a suite is timed in its regime."""
+    measuring = record["content"]["measuring"]
+    sustained = record["regime"] == "sustained"
+    other = ("aa_tolerance", "max_attempts", "host_calls", "seed")
+    return {
+        key: value
+        for key, value in measuring.items()
+        if key not in other and key.startswith("sustained") == sustained
+    }
+
+
 def compare_timing(fresh: Record, recorded: Record, tolerance: float) -> list[Claim]:
     """A claim for each subject of a suite and regime that both records time against a peer."""
     ours, theirs = conclusive(fresh), conclusive(recorded)
@@ -114,7 +126,9 @@ def compare_timing(fresh: Record, recorded: Record, tolerance: float) -> list[Cl
         verdict, note = judge(low, high, tolerance), f"median of {len(changes)} problems"
         hashes = [r["subjects"].get(subject, {}).get("kernel_hash") for r in (fresh, recorded)]
         if hashes[0] != hashes[1]:
-            verdict, note = "AMBIGUOUS", "the recorded kernel is another one (stale); " + note
+            verdict, note = "AMBIGUOUS", "the two runs are of different kernels; " + note
+        elif protocol(fresh) != protocol(recorded):
+            verdict, note = "AMBIGUOUS", "measured in another way; " + note
         elif lost and verdict == "PASS":
             verdict, note = "AMBIGUOUS", note + f"; not measured or inconclusive: {', '.join(lost)}"
         now_level, then_level = (float(np.median(column)) for column in zip(*levels, strict=True))
@@ -262,7 +276,8 @@ def verify(
     config: Path = Path("config"),
     open_report: tidy.Open = ncu_rep.open_apart,
 ) -> list[Claim]:
-    """All claims of the recorded run that the fresh run bears on; `config` holds the hypotheses.
+    """All claims of the recorded run; those on which the fresh run does not bear are AMBIGUOUS.
+    `config` holds the hypotheses.
 
     Raises `NotComparable` where the runs are of different GPU models or have nothing in common.
     """
@@ -274,16 +289,20 @@ def verify(
             f" {then['content']['gpu']}; compare runs of one GPU model"
         )
     claims: list[Claim] = []
+    lost: list[str] = []
     for kind in ("check", "timing"):
         for path in addenda.files(recorded_dir, kind):
             if not (fresh_dir / kind / path.name).is_file():
+                lost.append(f"{kind}/{path.name}")
                 continue
             records = read(fresh_dir / kind / path.name, kind), read(path, kind)
             if kind == "check":
                 claims += compare_check(*records)
             else:
                 claims += compare_timing(*records, tolerance)
-    claims += _serving(fresh_dir / "serving", addenda.files(recorded_dir, "serving"), tolerance)
+    served = addenda.files(recorded_dir, "serving")
+    claims += _serving(fresh_dir / "serving", served, tolerance)
+    lost += [f"serving/{p.name}" for p in served if not (fresh_dir / "serving" / p.name).is_file()]
     constraints, here, provenance = judged(fresh_dir, config, open_report)
     _, there, _ = judged(recorded_dir, config, open_report)
     claims += compare_verdicts(constraints, here, there, provenance["suites"])
@@ -291,7 +310,9 @@ def verify(
         raise NotComparable(
             f"{fresh_dir} has no suite that {recorded_dir} has; measure one of its suites first"
         )
-    return claims
+    return claims + [
+        Claim(name, "recorded", "not measured", None, None, None, "AMBIGUOUS") for name in lost
+    ]
 
 
 def overall(claims: Iterable[Claim]) -> str:

@@ -245,10 +245,11 @@ def prepare(
     print(plan.banner(), file=sys.stderr, flush=True)
     if not remote:  # the jobs of a killed invocation may still run elsewhere
         clear_killed()
-    if "verify" in targets and not Path("runs", str(config["run"]), "device.json").is_file():
+    measured = Path("runs", str(config["run"]), "device.json").is_file()
+    if "verify" in targets and (not config["run"] or tier == "replay" and not measured):
         raise ConfigError(
             f"config: run={config['run']!r} must name the folder of runs/ to compare with the"
-            " recorded run: --config run=<id>"
+            " recorded run, or on a machine with the GPU to measure into first: --config run=<id>"
         )
     if tier == "replay" and not set(targets) & {"container", "verify"}:
         _check_recorded(plan)
