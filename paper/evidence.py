@@ -136,6 +136,37 @@ class Evidence:
         ]
         return all(found)
 
+    def agreed(self, suite: str, regime: str) -> tuple[int, int]:
+        """On how many problems of a suite the A/A pair agreed in a regime, and of how many; 0 of 0
+        where none was measured."""
+        found = [
+            values["value"]
+            for (s, _, _, metric, r), values in self._metrics.items()
+            if (s, metric, r) == (suite, "conclusive", regime)
+        ]
+        return int(sum(found)), len(self.suite(suite)) if found else 0
+
+    def attempts(self, suite: str, regime: str) -> str:
+        """How often the problems of a suite were measured in a regime: `1`, or `1 to 3`; empty
+        where it was not."""
+        made = {int(v.value) for v in self.all_of(suite, "attempts", regime).values()}
+        return " to ".join(str(n) for n in sorted({min(made), max(made)})) if made else ""
+
+    def off(self, suite: str, *regimes: str) -> str:
+        """What the dagger means in tables of a suite: in how many attempts the A/A pairs were off;
+        empty where all agreed."""
+        made = {
+            int(value.value)
+            for regime in regimes
+            for (problem, _), value in self.all_of(suite, "attempts", regime).items()
+            if not self.conclusive(suite, problem, regime)
+        }
+        if not made:
+            return ""
+        counts = " to ".join(str(n) for n in sorted({min(made), max(made)}))
+        where = "the one attempt that was made" if made == {1} else f"each of {counts} attempts"
+        return f" † the A/A pair was off in {where}: inconclusive, left out of medians."
+
     def or_stale(self, suite: str, subject: str, text: str) -> str:
         """The text, or `stale` where it says nothing because the record of a subject is stale."""
         stale = [(s["suite"], s["what"]) for s in self.provenance["stale"]]
@@ -216,7 +247,7 @@ class Evidence:
         missing = f" Lost: {'; '.join(lost)}." if 0 < len(lost) <= 3 else ""
         return (
             f" {file} was interrupted for good; the record was made from what is whole by commit"
-            f" {found['commit'][:12]}, with the machine and packages of {found['provenance_of']}."
+            f" {found['commit'][:12]}{' with local changes' if found['dirty'] else ''}, with the machine and packages of {found['provenance_of']}."
             f"{missing}"
         )
 

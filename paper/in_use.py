@@ -61,8 +61,9 @@ def decode(evidence: Evidence) -> Table:
         "One query token for each sequence, bf16, GPU time behind a full queue, L2 cold. MB: K and"
         " V, read once. FA3: the best of its numbers of splits and its own choice, by shape. Of"
         " copy: bytes of K and V over time, against a large copy. Pages: time contiguous over time"
-        f" in pages. {_checks(evidence)} † the A/A pair was off in every attempt: inconclusive,"
-        f" left out of the reductions.{evidence.added(f'serving/{SUITE}.json')}",
+        f" in pages. {_checks(evidence)} † the A/A pair was off in every attempt that was made:"
+        " inconclusive, left out of the reductions."
+        f"{evidence.added(f'serving/{SUITE}.json')}",
         frozenset({len(rows) - 3}),
         "rlrrrrrrrr",
         labels=5,

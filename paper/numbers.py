@@ -18,7 +18,7 @@ from attn_profiling.record import write_text
 from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, REFERENCE_PEER
 from paper import in_use
 from paper.evidence import Evidence, Value, interval, known_of, load, plain
-from paper.tables import GATE, escape, judged, over_bf16
+from paper.tables import GATE, escape, judged, of_sustained, over_bf16
 
 DIGITS = dict(zip("0123456789", ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven",
                                  "Eight", "Nine"), strict=True))  # fmt: skip
@@ -109,6 +109,13 @@ def _count(evidence: Evidence, suite: str, regime: str, wanted: bool) -> str:
     return str(sum(evidence.conclusive(suite, p.id, regime) == wanted for p in problems))
 
 
+def _places(evidence: Evidence) -> str:
+    """Whether a process has a burst of each subject, the A/A twin among them, in every place."""
+    ran = {subject for _, subject in evidence.all_of("grid", "gpu_us", "sustained")}
+    bursts = evidence.provenance["content"]["measuring"].get("sustained_bursts", 0)
+    return "every" if bursts >= len(ran | {f"{REFERENCE_PEER}#2"}) else "not every"
+
+
 def _event_gap(evidence: Evidence, subjects: Sequence[str]) -> Value | None:
     gaps = []
     for problem in evidence.suite("grid"):
@@ -158,12 +165,15 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         put(_count(evidence, "grid", regime, True), "conclusive", regime)
         put(_count(evidence, "grid", regime, False), "inconclusive", regime)
         put(text(_worst(evidence, "aa_ratio", regime), 2), "aa worst", regime)
+        put(evidence.attempts("grid", regime) or MISSING, "attempts", regime)
         for peer in (REFERENCE_PEER, "cudnn", "fa4", BEST):
             for name, word in ((MEDIAN, "median"), (MINIMUM, "least")):
                 ratio = evidence.speedup("grid", name, top, peer, regime)
                 put(with_interval(ratio, 3), "top over", peer, word, regime)
     fa4 = evidence.speedup("grid", MEDIAN, top, "fa4")
     put(str(int(fa4 is not None)), "fa4 measured")
+    put(escape(of_sustained(evidence)), "sustained record")
+    put(_places(evidence), "burst places")
     sustained = evidence.speedup("grid", MEDIAN, top, REFERENCE_PEER, "sustained")
     put(str(int(sustained is not None)), "sustained measured")
     fp16 = evidence.speedup("grid_fp16", MEDIAN, top, "cudnn")

@@ -21,7 +21,7 @@ EVIDENCE = [
 ]
 TABLES = expand(
     "paper/generated/{name}.tex",
-    name="grid grid_fp16 grid256 grid_stages ladder variants which_fa3 locks published constraints verdicts criteria witnesses stalls host regimes"
+    name="grid grid_fp16 grid256 grid_stages ladder foretold variants which_fa3 locks published constraints verdicts criteria witnesses stalls host regimes"
     " roofline prediction predictions decode tokens token_differences serving_speed checks replication left_out stages".split(),
 )
 FIGURES = expand(

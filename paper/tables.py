@@ -12,6 +12,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from textwrap import shorten
@@ -24,7 +25,7 @@ from attn_ladder.problem import Problem
 from attn_profiling import environment, metrics, model, predict, stats
 from attn_profiling.record import write_text
 from attn_profiling.tidy import csv_text, stage_before
-from attn_profiling.verdict import Hypothesis
+from attn_profiling.verdict import SUPPORTED, Hypothesis
 from paper import in_use
 from paper.evidence import (
     BEST,
@@ -52,6 +53,7 @@ RESULTS, PROBLEMS = Path("results"), Path("config/problems.tsv")
 CONSTRAINTS = Path("config/constraints.yaml")
 
 GATE = "gate-b16"
+SPACED = "spaced"
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 PUBLISHED = Path(__file__).with_name("published.csv")
 FA3_BUILDS = Path(__file__).with_name("fa3_builds.csv")
@@ -121,7 +123,17 @@ def _grid_rules(problems: Sequence[Problem]) -> frozenset[int]:
 
 
 SUSTAINED = "timing/grid.sustained.json"
-INCONCLUSIVE_NOTE = "† the A/A pair was off in every attempt: inconclusive, left out of medians."
+
+
+def conclusive_of(evidence: Evidence, suite: str, regime: str) -> str:
+    """`7 of 24`: on how many problems of a suite the A/A pair agreed in a regime."""
+    agreed, every = evidence.agreed(suite, regime)
+    return f"{agreed} of {every}"
+
+
+def of_sustained(evidence: Evidence) -> str:
+    """What is to be said of the record of the sustained regime, wherever its numbers stand."""
+    return evidence.added(SUSTAINED) + evidence.closed(SUSTAINED)
 
 
 def over_bf16(evidence: Evidence) -> list[float]:
@@ -163,7 +175,9 @@ def grid(evidence: Evidence, suite: str = "grid") -> Table:
         ratios = [interval(evidence.speedup(suite, name, top, p)) for p in against]
         if suite == "grid":
             found = evidence.speedup(suite, name, top, REFERENCE_PEER, "sustained")
-            ratios.append(number(found, 2))
+            of = f" ({conclusive_of(evidence, suite, 'sustained')})"
+            of = of if found and name != SHORTEST else ""
+            ratios.append(number(found, 2) + of)
         if half:
             ratios.append(number(Value(median(times)), 3) if times and name == MEDIAN else "")
         rows.append(["", word, "", *[""] * (len(peers) + 1), *ratios])
@@ -174,14 +188,17 @@ def grid(evidence: Evidence, suite: str = "grid") -> Table:
     header += ["sustained"] if suite == "grid" else ["time / bf16"] if half else []
     last_note = ""
     if suite == "grid":
-        last_note = f" Sustained: over FA3, back to back.{evidence.added(SUSTAINED)}"
+        last_note = (
+            " Sustained: over FA3, back to back; in brackets, how many problems are conclusive."
+            f"{of_sustained(evidence)}"
+        )
     if half:
         last_note = f" Time / bf16: GPU time of {label(top)} over that of the same problem in bf16."
     return Table(
         header,
         rows,
         f"TFLOPS as the FA3 paper counts them; {label(top)} over each peer with 95 % intervals,"
-        f" spaced launches.{last_note} {INCONCLUSIVE_NOTE}",
+        f" spaced launches.{last_note}{evidence.off(suite, 'spaced', 'sustained')}",
         _grid_rules(problems) | {len(problems)},
         "rlr" + "r" * (len(header) - 3),
         labels=3,
@@ -202,7 +219,7 @@ def grid_stages(evidence: Evidence) -> Table:
     return Table(
         ["d", "mask", "seqlen", *map(label, stages)],
         rows,
-        f"Speed over FA3 with 95 % intervals, spaced launches. {INCONCLUSIVE_NOTE}",
+        f"Speed over FA3 with 95 % intervals, spaced launches.{evidence.off('grid', 'spaced')}",
         _grid_rules(problems) | {len(problems)},
         "rlr" + "r" * len(stages),
         labels=3,
@@ -260,6 +277,159 @@ def ladder(evidence: Evidence) -> Table:
         "llrrrlrrr",
         labels=2,
     )  # fmt: skip
+
+
+Found = Callable[[Evidence, str, Problem, str], "float | None"]
+"""What was found of a subject on a problem of a suite."""
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What the docstring of a stage foretells, in its words, and what witnesses it.
+
+    `holds` takes what was found of the stage before and of the stage; None where no counter
+    decides. `where` are suites, each with a choice of its problems in words.
+    """
+
+    stage: str
+    words: str
+    title: str
+    found: Found
+    holds: Callable[[float, float], bool] | None
+    where: Sequence[tuple[str, str, Callable[[Problem], bool]]]
+
+
+def _counter(metric: str) -> Found:
+    def found(evidence: Evidence, suite: str, problem: Problem, subject: str) -> float | None:
+        value = evidence.metric(suite, problem.id, subject, metric)
+        return None if value is None else value.value
+
+    return found
+
+
+def _waiting(evidence: Evidence, suite: str, problem: Problem, subject: str) -> float | None:
+    """Percent of warp time in the stall reasons long scoreboard and barrier."""
+    cycles = {
+        reason: _counter(f"stall_cycles_{reason}")(evidence, suite, problem, subject)
+        for reason in metrics.STALLS
+    }
+    known = {reason: value for reason, value in cycles.items() if value is not None}
+    if len(known) < len(cycles):
+        return None
+    return 100 * (known["long_scoreboard"] + known["barrier"]) / sum(known.values())
+
+
+def _time_over(before: str) -> Found:
+    """GPU time over that of a stage, in percent, where the A/A pair agreed."""
+
+    def found(evidence: Evidence, suite: str, problem: Problem, subject: str) -> float | None:
+        if subject == before:
+            return 100.0
+        ratio = evidence.speedup(suite, problem.id, subject, before)
+        return None if ratio is None else 100 / ratio.value
+
+    return found
+
+
+_GATE = (("the gate problem", "gate", lambda p: p.id == GATE),)
+_GATE_AND_GRID = (*_GATE, ("the grid", "grid", lambda p: True))
+_CAUSAL = (*_GATE, ("the grid, causal", "grid", lambda p: p.causal))
+_WIDE_LONG = (("d 128, full, 8192", "grid", lambda p: p.id == "grid-d128-full-s8192"),)
+FORETOLD = (
+    Foretold("stage2", "CTA-wide barriers per key tile, from 2 to 0",
+             "warps at CTA-wide barriers per 128×128 tile", _counter("cta_barriers"),
+             lambda before, after: after < 8, _GATE_AND_GRID),
+    Foretold("stage2", "the `barrier` share of the stall samples, to half of stage 1's",
+             "warp time in the stall reason barrier (%)", _counter("stall_barrier"),
+             lambda before, after: after <= before / 2, _GATE_AND_GRID),
+    Foretold("stage3", "CTAs launched per call, from the number of query tiles to 264",
+             "waves of CTAs", _counter("waves"), lambda before, after: after <= 1, _GATE_AND_GRID),
+    Foretold("stage3", "idle SM cycles, to below 3 %",
+             "SM cycles without a resident warp (%)", _counter("idle_sm_cycles"),
+             lambda before, after: after < 3, _GATE_AND_GRID),
+    Foretold("stage3", "GPU time at seqlen 512 by 10 to 20 %",
+             "GPU time over stage 2's (%)", _time_over("stage2"),
+             lambda before, after: 10 <= before - after <= 20,
+             (("the grid, 512", "grid", lambda p: p.seqlen_q == 512),)),
+    Foretold("stage3", "at 2048 by less than 5 %",
+             "GPU time over stage 2's (%)", _time_over("stage2"),
+             lambda before, after: abs(before - after) < 5,
+             (("the grid, 2048", "grid", lambda p: p.seqlen_q == 2048),)),
+    Foretold("stage4", "long-scoreboard and barrier stalls together, to below 10 % of samples",
+             "warp time in both stall reasons (%)", _waiting,
+             lambda before, after: after < 10, _GATE_AND_GRID),
+    Foretold("stage4", "`tensor pipe active` at headdim 128, full, 8k, from below 60 % to above"
+             " 80 %", "tensor pipe active (%)", _counter("tensor_pipe"),
+             lambda before, after: before < 60 and after > 80, _WIDE_LONG),
+    Foretold("stage5", "`tensor pipe active` at headdim 128, full, 8k from stage 4's level to 97 %",
+             "tensor pipe active (%)", _counter("tensor_pipe"),
+             lambda before, after: after >= 97, _WIDE_LONG),
+    Foretold("stage5", "no masked instruction outside the peeled blocks",
+             "threads inactive or predicated off (%)", _counter("predicated_off"), None,
+             _GATE_AND_GRID),
+    Foretold("stage5", "no masked instruction outside the peeled blocks",
+             "tensor operations outside the visible pairs (%)", _counter("masked_work"), None,
+             _CAUSAL),
+)  # fmt: skip
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The median, with the least and the most where there are several."""
+    if not values:
+        return "–"
+    shown, *ends = (plain(of(values), 1) for of in (median, min, max))
+    return shown if ends == [shown, shown] else f"{shown} ({' to '.join(ends)})"
+
+
+def _came_true(pairs: Sequence[tuple[float, float]], claim: Foretold) -> str:
+    if not pairs or claim.holds is None:
+        return "–"
+    true = sum(claim.holds(before, after) for before, after in pairs)
+    if len(pairs) == 1:
+        return "yes" if true else "no"
+    return f"on {true} of {len(pairs)}"
+
+
+def foretold(evidence: Evidence) -> Table:
+    """What each stage's file says should move, beside what did."""
+    rows: list[list[str]] = []
+    rules: set[int] = set()
+    last = Foretold("", "", "", _waiting, None, ())
+    for claim in FORETOLD:
+        before = stage_before(claim.stage)
+        if rows and claim.stage != last.stage:
+            rules.add(len(rows))
+        for n, (words, suite, chosen) in enumerate(claim.where):
+            pairs = []
+            for problem in filter(chosen, evidence.suite(suite)):
+                then, now = (
+                    claim.found(evidence, suite, problem, s) for s in (before, claim.stage)
+                )
+                if then is not None and now is not None:
+                    pairs.append((then, now))
+            rows.append(
+                [
+                    "" if n or claim.stage == last.stage else label(claim.stage),
+                    "" if n or claim.words == last.words else claim.words.replace("`", ""),
+                    "" if n else claim.title,
+                    words,
+                    _spread([then for then, _ in pairs]),
+                    _spread([now for _, now in pairs]),
+                    _came_true(pairs, claim),
+                ]
+            )
+        last = claim
+    return Table(
+        ["", "foretold", "found", "on", "stage before", "stage", "came true"],
+        rows,
+        "Foretold: the words of the stage's file. Over several problems: the median, and the least"
+        " and the most. No CTA-wide barrier is left where fewer than the 8 warps of a CTA come to"
+        " one a tile. In stages 4 and 5 the idle warps of the producer's warpgroup are in the"
+        " reason barrier for the whole kernel. –: no counter sees a masked instruction as such.",
+        frozenset(rules),
+        "lp{0.24\\linewidth}p{0.2\\linewidth}lrrl",
+        labels=4,
+    )
 
 
 def variants(evidence: Evidence) -> Table:
@@ -360,7 +530,7 @@ def which_fa3(evidence: Evidence) -> Table:
         "sha256 (first 16 digits): of the wheel where the installer kept it, else of its list of"
         f" files. FA3: {build}. Tried on each problem: num_splits 0 and 2 against the default, and"
         " pack_gqa where heads are grouped, which they are in no problem of the grid. Published:"
-        " fp16, median (least to most).",
+        f" fp16, median (least to most).{of_sustained(evidence)}",
         frozenset({len(known_of("peer")), software}),
         "llp{0.36\\linewidth}ll",
     )
@@ -435,7 +605,8 @@ def published(evidence: Evidence) -> Table:
          "spaced / published", "sustained / published"],
         rows,
         "Published: labels of the bars in figure 5 of the FA3 paper (forward, fp16, H100 SXM5); the"
-        " label of headdim 128, full, 512 could not be read with certainty.",
+        " label of headdim 128, full, 512 could not be read with certainty."
+        + of_sustained(evidence),
         _grid_rules(problems),
         "rlrrrrrr",
         labels=4,
@@ -471,11 +642,15 @@ def verdict_rows(evidence: Evidence, roles: Sequence[str]) -> list[list[str]]:
     for hypothesis, suite, row in judged(evidence):
         if hypothesis.role in roles:
             sign = "≥" if hypothesis.at_least is not None else "≤"
+            agreed, every = evidence.agreed(suite, hypothesis.regime)
+            told = conclusive_of(evidence, suite, hypothesis.regime)
+            of_one = hypothesis.witness.get("problem", MEDIAN) in evidence.problems
+            some_off = agreed < every and not of_one
             rows.append(
                 [
                     hypothesis.constraint or hypothesis.id,
                     hypothesis.claim,
-                    suite,
+                    f"{suite}, {told} conclusive" if some_off else suite,
                     *_verdict_cells(row),
                     f"{sign} {hypothesis.threshold:g}",
                     _side(row),
@@ -600,16 +775,18 @@ def verdicts(evidence: Evidence) -> Table:
     return Table(
         ["", "claim", "suite", "found", "interval", "claimed", "lies", "control", "verdict"],
         rows,
-        COUNTER_NOTE,
+        f"{COUNTER_NOTE} Borrowed: the control plants what the primary witness of the constraint"
+        " sees, not this one.",
         align="lp{0.4\\linewidth}lllllll",
     )
 
 
 def _ceilings(evidence: Evidence) -> list[str]:
-    """For each gate and criterion on a ratio of times: the ratio that the model's least time gives.
+    """For each gate and criterion: the best that the model's least times allow, `–` where the model
+    says nothing of it.
 
-    A peer's measured time over the model's overlapped time of each problem, reduced as the claim
-    reduces it.
+    Of a ratio of times: a peer's measured time over the model's overlapped time of each problem,
+    reduced as the claim reduces it.
     """
     cells = []
     for hypothesis in evidence.constraints.hypotheses:
@@ -623,7 +800,7 @@ def _ceilings(evidence: Evidence) -> list[str]:
 def _ceiling(evidence: Evidence, hypothesis: Hypothesis, suite: str) -> str:
     witness = hypothesis.witness
     if witness["kind"] != "speedup":
-        return ""
+        return _ceiling_of_metric(evidence, hypothesis, suite)
     wanted, peer = witness["problem"], witness["peer"]
     peers = evidence.of_kind("peer") if peer == BEST else [peer]
     ratios = []
@@ -642,8 +819,29 @@ def _ceiling(evidence: Evidence, hypothesis: Hypothesis, suite: str) -> str:
     return f"{median(ratios) if wanted == MEDIAN else min(ratios):.2f}"
 
 
+def _ceiling_of_metric(evidence: Evidence, hypothesis: Hypothesis, suite: str) -> str:
+    """Of TFLOPS and of the tensor pipe on one problem at the model's least time; fp16 and bf16 have
+    the same rate of products."""
+    witness, metric = hypothesis.witness, hypothesis.witness["metric"]
+    if metric == "over_bf16":
+        return "1.00"
+    problem = evidence.problems.get(witness.get("problem", ""))
+    if problem is None or metric not in ("tflops", "tensor_pipe"):
+        return "–"
+    timed = (suite, *(s for s in problem.suites if s in ("grid", "gate")))
+    clocked = [
+        s for s in timed if evidence.metric(s, problem.id, witness["subject"], "clock_mhz", SPACED)
+    ]
+    least = evidence.roofline((clocked or [suite])[0], problem, witness["subject"], SPACED)
+    if least is None:
+        return "–"
+    if metric == "tflops":
+        return f"{problem.convention_flops / least.overlapped_us / 1e6:.0f}"
+    return f"{100 * least.tensor_us / least.overlapped_us:.1f}"
+
+
 def criteria(evidence: Evidence) -> Table:
-    """Gates and success criteria, with the model's ceiling of those on time."""
+    """Gates and success criteria, with the model's ceiling where it has one."""
     rows = []
     judged = verdict_rows(evidence, ("gate", "criterion"))
     for row, ceiling in zip(judged, _ceilings(evidence), strict=True):
@@ -654,8 +852,10 @@ def criteria(evidence: Evidence) -> Table:
         rows,
         "Decided by the interval, widened by the A/A floor where it is a speed, and by the value"
         " where there is none; inconclusive where the interval holds the number set, or where a"
-        " problem is missing or its A/A pair was off. Ceiling: the peer's measured time over the"
-        " least time of the model at the measured clock.",
+        " problem is missing or its A/A pair was off. Ceiling, at the model's least time at the"
+        " measured clock: the peer's measured time over it, TFLOPS, the tensor pipe's part of it;"
+        " fp16 and bf16 have one rate of products; – where the model says nothing."
+        f"{of_sustained(evidence)}",
         align="p{0.5\\linewidth}llllrl",
     )
 
@@ -759,6 +959,23 @@ def stalls(evidence: Evidence, problem: str = GATE) -> Table:
     )
 
 
+def first_calls(evidence: Evidence) -> str:
+    """What the first call in a process takes of the first stage, which is called before all others,
+    and of the top stage; empty where one was not measured."""
+    slowest = []
+    for name in (known_of("stage")[0], evidence.top):
+        found = evidence.all_of("gate", "first_call_ms")
+        times = [value.value for (_, subject), value in found.items() if subject == name]
+        if not times:
+            return ""
+        slowest.append(f"{max(times):.0f} ms for {label(name)}")
+    return (
+        f" First call in a process, the slowest, with a warm compile cache: {slowest[0]}, the first"
+        f" Triton kernel of the process, which pays for loading Triton's driver; {slowest[1]},"
+        " called later in the same process."
+    )
+
+
 def host(evidence: Evidence) -> Table:
     """What a call costs the host, and its latency."""
     rows = []
@@ -788,6 +1005,7 @@ def host(evidence: Evidence) -> Table:
         " part of the eager latency at batch 32 that is not GPU time; gain: eager latency of the"
         " stage before over that of the stage, at batch 32; time per sequence at batch 1"
         " over that at batch 32 (the plan: 5 to 6)."
+        + first_calls(evidence)
         + evidence.closed("host/gate.json"),
         align="l" + "r" * 10,
         labels=1,
@@ -823,17 +1041,23 @@ def regimes(evidence: Evidence) -> Table:
         header,
         rows,
         f"Medians of NVML readings; power and energy in the sustained regime.{repeated}"
-        + evidence.added(SUSTAINED)
-        + evidence.closed(SUSTAINED),
+        + of_sustained(evidence),
         _grid_rules(problems),
         "rlr" + "r" * 8,
         labels=3,
     )
 
 
+def _of_roofline(evidence: Evidence, problem: Problem, subject: str) -> str:
+    """The model's least time at a subject's own clock over its time, in percent."""
+    least = evidence.roofline("grid", problem, subject)
+    us = evidence.metric("grid", problem.id, subject, "gpu_us", "spaced")
+    return "–" if least is None or us is None else f"{100 * least.overlapped_us / us.value:.0f}"
+
+
 def roofline(evidence: Evidence) -> Table:
-    """The model beside the measurement on the grid."""
-    top = evidence.top
+    """The model beside the measurement on the grid, and how near FA3 and each stage are to it."""
+    top, near = evidence.top, (REFERENCE_PEER, *known_of("stage"))
     rows = []
     problems = evidence.suite("grid")
     for problem in problems:
@@ -843,9 +1067,7 @@ def roofline(evidence: Evidence) -> Table:
         measured = [
             evidence.metric("grid", problem.id, s, "gpu_us", "spaced") for s in ("fa3", top)
         ]
-        shares = [
-            "–" if m is None else f"{100 * found.overlapped_us / m.value:.0f}" for m in measured
-        ]
+        shares = [_of_roofline(evidence, problem, name) for name in near]
         rows.append(
             [
                 *shape(problem),
@@ -859,12 +1081,14 @@ def roofline(evidence: Evidence) -> Table:
         )
     return Table(
         ["d", "mask", "seqlen", "tensor", "MUFU", "issue", "shared", "DRAM", "ends", "least",
-         "FA3", label(top), "FA3 %", f"{label(top)} %", "limit"],
+         "FA3", label(top), *(f"{label(name).removeprefix('stage ')} %" for name in near),
+         "limit"],
         rows,
         f"Microseconds at the clock measured for {label(top)}. Least: the busiest resource plus"
-        " launch and tail; %: least over measured.",
+        " launch and tail. Of FA3 and of stages 1 to 5, in percent: least, at the subject's own"
+        " clock, over measured.",
         _grid_rules(problems),
-        "rlr" + "r" * 11 + "l",
+        "rlr" + "r" * (9 + len(near)) + "l",
         labels=3,
     )  # fmt: skip
 
@@ -941,7 +1165,8 @@ def predictions(evidence: Evidence) -> Table:
         [*header, f"limit of {label(predict.STAGES[-1])}"],
         rows,
         "Microseconds, spaced launches: what was said before, and what was found. Limit: the"
-        f" busiest resource. This comparison is {evidence.prediction_status}.",
+        f" busiest resource. This comparison is {evidence.prediction_status}."
+        f"{evidence.off('grid', 'spaced')}",
         frozenset(n for n in range(1, len(keys)) if keys[n] != keys[n - 1]),
         "rrlr" + "r" * 10 + "l",
         labels=4,
@@ -1025,6 +1250,17 @@ def left_out(evidence: Evidence) -> Table:
     )
 
 
+def _replication_note(evidence: Evidence, row: Mapping[str, str]) -> str:
+    """The note of a comparison; where a kernel has changed, of which run."""
+    recorded = Path("timing", f"{row['suite']}.{row['regime']}.json").as_posix()
+    stale = {(item["file"], item["what"]) for item in evidence.provenance["stale"]}
+    run = row["recorded_run"] if (recorded, row["subject"]) in stale else row["run"]
+    why, _, rest = row["note"].partition("its kernel has changed since; ")
+    if rest:  # that the two kernels differ goes without saying
+        return f"{why}the kernel of run {run} has changed since; {rest.rpartition('median of ')[2]}"
+    return row["note"].replace("median of ", "")
+
+
 def replication(evidence: Evidence) -> Table:
     """The recorded ratios beside those of other runs."""
     rows, rules, last = [], set(), None
@@ -1036,7 +1272,7 @@ def replication(evidence: Evidence) -> Table:
         if row["change"]:
             value, low, high = (100 * float(row[name]) for name in ("change", "low", "high"))
             change = interval(Value(value, low, high), 2)
-        told = f"{row['verdict']}: {row['note'].replace('median of ', '')}"
+        told = f"{row['verdict']}: {_replication_note(evidence, row)}"
         most = "–"
         if row["most_change"]:
             most = f"{100 * float(row['most_change']):+.2f} ({row['most_problem']})"
@@ -1053,6 +1289,8 @@ def replication(evidence: Evidence) -> Table:
         " interval; then the problem whose own ratio moved most. PASS: all of the interval within"
         f" {', '.join(sorted(tolerance))}. {where}."
     )
+    if any(row["regime"] == "sustained" for row in evidence.replications):
+        note += of_sustained(evidence)
     return Table(
         "run/suite/regime/subject/recorded/again/change, %/most, %/verdict".split("/"),
         rows,
@@ -1069,6 +1307,7 @@ TABLES: dict[str, Callable[[Evidence], Table]] = {
     "grid256": lambda evidence: grid(evidence, "grid256"),
     "grid_stages": grid_stages,
     "ladder": ladder,
+    "foretold": foretold,
     "variants": variants,
     "which_fa3": which_fa3,
     "locks": locks,
@@ -1185,8 +1424,25 @@ def headline(evidence: Evidence) -> str:
         found = "; ".join(words) or "not measured"
         verdict = _overall(evidence, name)
         lines.append(f"| {name} | {witness}: {found} | {claimed} | {verdict} |")
+    lines += ["", *_other_witnesses(evidence)]
     lines += ["", *_open_criteria(evidence), "", f"*{evidence.stamp}*"]
     return "\n".join(lines)
+
+
+def _other_witnesses(evidence: Evidence) -> list[str]:
+    """The witnesses of FA3 that are not primary and support a claim, in a line each."""
+    lines: dict[str, list[str]] = {}
+    for hypothesis, suite, row in judged(evidence):
+        supported = row["verdict"].startswith(SUPPORTED)
+        if hypothesis.role == "witness" and row["subject"] == REFERENCE_PEER and supported:
+            late = row["verdict"].removeprefix(SUPPORTED)
+            found = f"{' '.join(_verdict_cells(row))} in {suite}{late}"
+            claim = f"- {hypothesis.constraint}: {hypothesis.claim}"
+            lines.setdefault(claim, []).append(found)
+    if not lines:
+        return ["No other witness supports a claim about FA3."]
+    shown = [f"{claim} Found: {'; '.join(found)}." for claim, found in lines.items()]
+    return ["The table has the primary witness of each. Other witnesses, supported:", "", *shown]
 
 
 def _open_criteria(evidence: Evidence) -> list[str]:

@@ -54,6 +54,13 @@ def test_macros_hold_what_the_tables_hold(evidence):
     assert found[r"\Confirmatory"] == "confirmatory"
 
 
+def test_the_places_of_bursts_follow_from_how_many_there_are(evidence, monkeypatch):
+    measuring = evidence.provenance["content"]["measuring"]
+    for bursts, said in ((2, "not every"), (len(evidence.subjects) + 1, "every")):
+        monkeypatch.setitem(measuring, "sustained_bursts", bursts)
+        assert numbers.numbers(evidence)[r"\BurstPlaces"] == said
+
+
 def test_where_counter_and_ablation_disagree_the_paper_says_so():
     results = synthetic.shared() / "results"
     evidence = load(results, synthetic.PROBLEMS, synthetic.CONSTRAINTS)

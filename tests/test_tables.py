@@ -1,5 +1,6 @@
 """Tables, figures, report, notebook and the README's headline table, from a synthetic run."""
 
+import ast
 import csv
 import json
 import re
@@ -12,6 +13,7 @@ import pytest
 import synthetic
 from typer.testing import CliRunner
 
+from attn_ladder import stage
 from attn_profiling import environment, metrics, record, verdict
 from paper import figures, notebook, numbers, report, tables
 from paper.evidence import Value, interval, load, number
@@ -456,7 +458,7 @@ def test_the_headline_table_is_written_and_checked(tmp_path):
     path, written = readme(tmp_path, "--write")
     assert written.exit_code == 0, written.output
     text = path.read_text()
-    assert "| stage 2 | sync |" in text and text.endswith("\n\nrest\n") and "old" not in text
+    assert "| stage 2 | sync |" in text and text.endswith("\n\nrest\n") and "\nold\n" not in text
     assert readme(tmp_path, "--check")[1].exit_code == 0
 
 
@@ -507,3 +509,182 @@ def test_a_record_that_was_closed_says_so_and_what_it_lost(evidence, monkeypatch
     assert said.endswith("Lost: control sync.64, control-d64-s1024.")
     assert "FA3" not in said and evidence.closed("host/gate.json") == ""
     assert "abcdef012345" in numbers.numbers(evidence)[numbers.macro("controls closed")]
+
+
+@pytest.fixture
+def changed(evidence, monkeypatch):
+    """Writes a value of the metrics for one test: suite, problem, subject, metric, regime, value;
+    an empty subject is whichever has it."""
+    kept = dict(evidence._metrics)
+    monkeypatch.setattr(evidence, "_metrics", kept)
+
+    def put(*key, value):
+        suite, problem, subject, metric, regime = key
+        for found in list(kept):
+            if found[:2] == (suite, problem) and found[3:] == (metric, regime):
+                if subject in ("", found[2]):
+                    kept[found] = {"value": value}
+
+    return put
+
+
+def test_sustained_numbers_say_how_many_problems_are_conclusive(evidence, changed):
+    def shown():
+        rows = {row[1]: row[-1] for row in tables.grid(evidence).rows[24:]}
+        suites = {row[0]: row[1] for row in tables.criteria(evidence).rows}
+        of_median = next(suites[c] for c in suites if c.startswith("Back to back") and "1.08" in c)
+        of_one = next(suites[claim] for claim in suites if "630 TFLOPS" in claim)
+        return rows["median"], rows["least"], rows["least to 1024"], of_median, of_one
+
+    *cells, to_1024, of_median, of_one = shown()
+    assert all(cell.endswith(" (24 of 24)") for cell in cells) and "of" not in to_1024
+    assert (of_median, of_one) == ("grid", "grid")
+    for problem in ("grid-d64-full-s512", "grid-d128-full-s8192"):
+        changed("grid", problem, "", "conclusive", "sustained", value=0.0)
+    *cells, to_1024, of_median, of_one = shown()
+    assert all(cell.endswith(" (22 of 24)") for cell in cells) and "of" not in to_1024
+    assert (of_median, of_one) == ("grid, 22 of 24 conclusive", "grid")
+    assert numbers.numbers(evidence)[r"\ConclusiveSustained"] == "22"
+
+
+def test_the_dagger_tells_of_attempts_that_were_made(evidence, empty, changed):
+    problem = "grid-d64-causal-s16384"
+    assert "off in each of 3 attempts" in evidence.off("grid", "spaced")
+    assert evidence.off("gate", "spaced") == "" and "†" not in tables.grid(empty).note
+    assert evidence.attempts("grid", "spaced") == "1 to 3" and not empty.attempts("grid", "spaced")
+    changed("grid", problem, "", "attempts", "spaced", value=1.0)
+    assert "off in the one attempt that was made" in evidence.off("grid", "spaced")
+    assert "the one attempt that was made" in tables.grid_stages(evidence).note
+    assert numbers.numbers(evidence)[r"\AttemptsSpaced"] == "1"
+    assert numbers.numbers(empty)[r"\AttemptsSpaced"] == numbers.MISSING
+
+
+def test_where_the_sustained_suite_was_closed_its_tables_say_so(evidence, monkeypatch):
+    names = ("grid", "which_fa3", "published", "criteria", "regimes")
+    said = "timing/grid.sustained.json was interrupted for good"
+    assert not any(said in tables.TABLES[name](evidence).note for name in names)
+    made = {"commit": "abcdef0123456789", "provenance_of": "timing/grid.spaced.json"}
+    monkeypatch.setitem(evidence.provenance, "closed", {tables.SUSTAINED: made})
+    assert all(said in tables.TABLES[name](evidence).note for name in names)
+    assert said not in tables.host(evidence).note
+    assert said in numbers.numbers(evidence)[r"\SustainedRecord"]
+
+
+def test_each_stage_stands_beside_the_roofline(evidence, changed):
+    def shares():
+        table = tables.roofline(evidence)
+        return dict(zip(table.header, table.rows[0], strict=True))
+
+    before = shares()
+    assert {"FA3 %", "1 %", "2 %", "3 %", "4 %", "5 %"} <= set(before)
+    least = evidence.roofline("grid", evidence.problems["grid-d64-full-s512"], "stage1")
+    found = evidence.metric("grid", "grid-d64-full-s512", "stage1", "gpu_us", "spaced")
+    assert before["1 %"] == f"{100 * least.overlapped_us / found.value:.0f}"
+    changed(
+        "grid", "grid-d64-full-s512", "stage1", "gpu_us", "spaced", value=2 * least.overlapped_us
+    )
+    assert shares() == {**before, "1 %": "50"} and before["1 %"] != "50"
+
+
+def test_criteria_have_the_ceilings_that_the_model_gives(evidence, monkeypatch):
+    def ceiling(part):
+        return next(row[5] for row in tables.criteria(evidence).rows if part in row[0])
+
+    problem = evidence.problems["grid-d64-full-s16384"]
+    least = evidence.roofline("grid", problem, "stage5").overlapped_us
+    assert ceiling("630 TFLOPS") == f"{problem.convention_flops / least / 1e6:.0f}"
+    found = evidence.roofline("grid", evidence.problems["grid-d128-full-s8192"], "stage5")
+    assert ceiling("97 % busy") == f"{100 * found.tensor_us / found.overlapped_us:.1f}"
+    assert float(ceiling("97 % busy")) < 100
+    assert ceiling("longer than in bf16") == "1.00"
+    assert {ceiling("energy"), ceiling("costs the host"), ceiling("a fifth of the GPU")} == {"–"}
+    monkeypatch.setitem(evidence.provenance, "device", "some-other-gpu")
+    assert ceiling("630 TFLOPS") == ceiling("97 % busy") == "–"
+
+
+def test_what_is_foretold_is_in_the_words_of_the_stages():
+    def says(name, words):
+        text = ast.get_docstring(ast.parse(stage.subject(name).path.read_text()))
+        return words in " ".join(text.split())
+
+    assert all(says(claim.stage, claim.words) for claim in tables.FORETOLD)
+    assert not says("stage3", "idle SM cycles, to below 5 %")
+    assert {claim.stage for claim in tables.FORETOLD} == {f"stage{n}" for n in (2, 3, 4, 5)}
+
+
+def test_what_was_foretold_is_found_or_not(evidence, empty, changed):
+    def found(words, on="the gate problem"):
+        told = ""
+        for row in tables.foretold(evidence).rows:
+            told = row[1] or told
+            if words in told and row[3] == on:
+                return row[4:]
+
+    for value, said in ((7.0, "no"), (2.9, "yes")):
+        changed("gate", "gate-b16", "stage3", "idle_sm_cycles", "-", value=value)
+        assert found("idle SM cycles")[1:] == [f"{value:.1f}", said]
+    pairs = {"stage3": 59.0, "stage4": 81.0}
+    for name, value in pairs.items():
+        changed("grid", "grid-d128-full-s8192", name, "tensor_pipe", "-", value=value)
+    where = "d 128, full, 8192"
+    assert found("from below 60 % to above 80 %", where) == ["59.0", "81.0", "yes"]
+    changed("grid", "grid-d128-full-s8192", "stage3", "tensor_pipe", "-", value=61.0)
+    assert found("from below 60 % to above 80 %", where) == ["61.0", "81.0", "no"]
+    before, after, true = found("seqlen 512 by 10 to 20 %", "the grid, 512")
+    assert before == "100.0" and after.startswith("77.") and true == "on 0 of 4"  # 22 % less
+    assert found("no masked instruction")[-1] == "–"  # no counter decides
+    assert all(row[4:] == ["–", "–", "–"] for row in tables.foretold(empty).rows)
+
+
+def test_the_first_call_of_a_process_is_told_apart(evidence, empty, changed):
+    said = tables.host(evidence).note
+    assert "210 ms for stage 1, the first Triton kernel of the process" in said
+    assert "210 ms for stage 5, called later" in said
+    changed("gate", "gate-b1", "stage5", "first_call_ms", "-", value=38.0)
+    assert "38 ms for stage 5, called later" in tables.host(evidence).note
+    assert tables.first_calls(empty) == ""
+
+
+def test_the_headline_has_the_other_witnesses_that_are_supported(evidence, monkeypatch):
+    text = tables.headline(evidence)
+    assert "- sync: Named barriers, which part of a CTA waits at" in text
+    assert "- sync: A CTA-wide barrier of FA3 holds a warp" not in text
+    rows = [dict(row) for row in evidence.verdicts]
+    for row in rows:
+        row["verdict"] = "SUPPORTED (post hoc)" if row["metric"] == "predicated_off" else "REFUTED"
+    monkeypatch.setattr(evidence, "verdicts", rows)
+    text = tables.headline(evidence)
+    assert "- branching: In FA3 at least 5 % of the threads" in text
+    assert "in grid (post hoc);" in text and "- sync: Named" not in text
+    for row in rows:
+        row["verdict"] = "REFUTED"
+    assert "No other witness supports a claim about FA3." in tables.headline(evidence)
+
+
+def test_a_borrowed_control_is_shown_as_such(evidence, monkeypatch):
+    rows = [dict(row) for row in evidence.verdicts]
+    for row in rows:
+        row["control"] = "borrowed: passed"
+    monkeypatch.setattr(evidence, "verdicts", rows)
+    table = tables.verdicts(evidence)
+    assert {row[7] for row in table.rows} == {"borrowed: passed"} and "Borrowed: " in table.note
+    assert "borrowed: passed" in tables.latex(table, "stamp")
+
+
+def test_a_stale_replication_names_its_run(evidence, monkeypatch):
+    row = {
+        "run": "r1", "gpu_uuid": "a", "recorded_run": "r2", "recorded_gpu_uuid": "b",
+        "suite": "gate", "regime": "spaced", "subject": "stage3", "recorded": "0.9",
+        "fresh": "0.9", "change": "", "most_change": "", "tolerance": "0.025",
+        "verdict": "AMBIGUOUS",
+        "note": "its kernel has changed since; the two runs are of different kernels; median of 7"
+        " problems",
+    }  # fmt: skip
+    monkeypatch.setattr(evidence, "replications", [row])
+    said = "AMBIGUOUS: the kernel of run r1 has changed since; 7 problems"
+    assert tables.replication(evidence).rows[0][-1] == said
+    stale = {"file": "timing/gate.spaced.json", "what": "stage3"}
+    monkeypatch.setitem(evidence.provenance, "stale", [stale])
+    assert "the kernel of run r2 has changed" in tables.replication(evidence).rows[0][-1]
+    row["note"] = "median of 7 problems"
+    assert tables.replication(evidence).rows[0][-1] == "AMBIGUOUS: 7 problems"
