@@ -245,10 +245,11 @@ class Evidence:
             }
         )
         missing = f" Lost: {'; '.join(lost)}." if 0 < len(lost) <= 3 else ""
+        dirty = " with local changes" if found["dirty"] else ""
         return (
             f" {file} was interrupted for good; the record was made from what is whole by commit"
-            f" {found['commit'][:12]}{' with local changes' if found['dirty'] else ''}, with the machine and packages of {found['provenance_of']}."
-            f"{missing}"
+            f" {found['commit'][:12]}{dirty}, with the machine and packages of"
+            f" {found['provenance_of']}.{missing}"
         )
 
     def added(self, file: str) -> str:
