@@ -186,9 +186,9 @@ def test_verify_compares_with_the_addendum(runs, recorded):
 
 def test_a_replay_depends_on_addenda_and_asks_for_no_more(runs, recorded):
     addenda.add(runs / "later", recorded)
-    config = {**MORE, "problems": "x"}
-    held, unmeasured = _recorded(config, recorded)
-    assert unmeasured == ["check/gate.json"]
+    config = {**MORE, "problems": "x", "measuring": {"gap_us": 1000}}
+    held, told = _recorded(config, recorded)
+    assert told == ["not in the recorded run, so not rendered: check/gate.json"]
     plan = Plan(held, "replay", "x", recorded, "none", (), {}, "c", False)
     assert str(recorded / "addenda" / "later" / "timing" / "gate.spaced.json") in plan.raw_files
 

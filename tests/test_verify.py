@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from attn_profiling import verdict, verify
 from attn_profiling.cli import app
+from attn_profiling.record import read
 from attn_profiling.verify import NotComparable, judge
 
 FRESH = {}
+ROOT = synthetic.ROOT
 
 
 def make(folder, seed, **noise):
@@ -238,3 +240,24 @@ def test_errors_are_one_line_not_a_trace(tmp_path):
     assert result.exit_code == 1
     assert "device.json: no such file" in result.stderr.replace("\n", "")
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(("slower", "said"), [(1.0, "PASS"), (1.05, "FAIL")])
+def test_a_planted_slow_down_is_found_between_real_runs_on_two_boards(slower, said):
+    """The recorded run and its replication, of the subjects whose kernel is the same in both."""
+    recorded = read(ROOT / "measurements/h100-sxm-80gb/timing/gate.spaced.json", "timing")
+    (path, *_) = (ROOT / "measurements/replications").glob("*/*/timing/gate.spaced.json")
+    again = read(path, "timing")
+    boards = {record["provenance"]["gpu_uuid"] for record in (recorded, again)}
+    assert len(boards) == 2
+    hashes = [{n: s["kernel_hash"] for n, s in r["subjects"].items()} for r in (recorded, again)]
+    same = {n for n in hashes[0] if n != "fa3" and hashes[0][n] == hashes[1].get(n)}
+    assert len(same) >= 2
+    for row in again["problems"]:
+        for name, sample in row["attempts"][-1]["samples"].items():
+            if name in same:
+                sample["gpu_us"] = [[us * slower for us in process] for process in sample["gpu_us"]]
+    claims = {
+        c.claim.split()[0]: c for c in verify.compare_timing(again, recorded, verify.TOLERANCE)
+    }
+    assert {claims[name].verdict for name in same} == {said}

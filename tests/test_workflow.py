@@ -124,6 +124,11 @@ def test_what_was_not_recorded_is_announced_and_the_rest_is_rendered(recorded):
     run = snakemake(recorded, "-n", "results")
     assert run.returncode == 0, run.stdout
     assert "not in the recorded run, so not rendered: timing/" in run.stdout
+    assert "recorded with measuring" not in run.stdout
+    held["measuring"]["gap_us"] = 7
+    (folder / "config.json").write_text(json.dumps(held))
+    told = "recorded with measuring.gap_us=7; the configuration has 1000"
+    assert told in snakemake(recorded, "-n", "results").stdout
 
 
 def test_another_device_is_named(recorded):

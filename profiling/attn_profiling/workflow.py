@@ -197,14 +197,21 @@ def _check_recorded(plan: Plan) -> None:
 
 
 def _recorded(config: Config, raw: Path) -> tuple[Config, list[str]]:
-    """The configuration with the suites that were recorded, and the files that it asks for beyond
-    them: a replay renders what there is, and says what was not measured."""
+    """The configuration with the suites that were recorded, and in what it differs from the
+    recorded run: a replay renders what there is, and says what was measured otherwise or not."""
     path = raw / "config.json"
     if not path.is_file():
         return config, []
-    held = {**config, "suites": json.loads(path.read_text())["suites"]}
+    recorded = json.loads(path.read_text())
+    held = {**config, "suites": recorded["suites"]}
     there = {*raw_files(held), *addenda.added(raw)}
-    return held, [name for name in raw_files(config) if name not in there]
+    absent = [name for name in raw_files(config) if name not in there]
+    told = [f"not in the recorded run, so not rendered: {', '.join(absent)}"] if absent else []
+    for key, now in config["measuring"].items():
+        then = recorded.get("measuring", {}).get(key, now)
+        if then != now:
+            told.append(f"recorded with measuring.{key}={then}; the configuration has {now}")
+    return held, told
 
 
 def prepare(
@@ -225,9 +232,9 @@ def prepare(
     run = _run_id(config) if tier == "measure" else str(config["device"])
     engine = container.choose(config["container"]["engine"], gpu=tier == "measure")
     head, dirty = device.commit(root)
-    unmeasured: list[str] = []
+    told: list[str] = []
     if tier == "replay":
-        config, unmeasured = _recorded(config, Path("measurements", run))
+        config, told = _recorded(config, Path("measurements", run))
     plan = Plan(
         config=config,
         tier=tier,
@@ -254,12 +261,8 @@ def prepare(
     if tier == "replay" and not set(targets) & {"container", "verify"}:
         _check_recorded(plan)
     _check_board(plan)
-    if unmeasured:
-        print(
-            f"not in the recorded run, so not rendered: {', '.join(unmeasured)}",
-            file=sys.stderr,
-            flush=True,
-        )
+    for line in told:
+        print(line, file=sys.stderr, flush=True)
     wants_pdf = config["paper"] and (not targets or {"all", "results/main.pdf"} & set(targets))
     if wants_pdf and engine == "none":
         missing = environment.missing_tex()
