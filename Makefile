@@ -34,7 +34,7 @@ verify:
 
 promote:
 	@$(RUN_GIVEN)$(SETUP)
-	$(VENV)/bin/attn-profiling promote --run runs/$(RUN)
+	$(VENV)/bin/attn-profiling promote --run runs/$(RUN) $(ARGS)
 
 keep:
 	@$(RUN_GIVEN)$(SETUP)
