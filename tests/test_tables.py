@@ -497,7 +497,8 @@ def test_a_notebook_that_fails_is_an_error(tmp_path):
 
 def test_a_record_that_was_closed_says_so_and_what_it_lost(evidence, monkeypatch):
     assert evidence.closed("ncu/control.json") == ""
-    made = {"commit": "abcdef0123456789", "provenance_of": "timing/control.spaced.json"}
+    made = {"commit": "abcdef0123456789", "dirty": False}
+    made["provenance_of"] = "timing/control.spaced.json"
     monkeypatch.setitem(evidence.provenance, "closed", {"ncu/control.json": made})
     lost = {"kind": "ncu", "suite": "control", "problem": "control-d64-s1024"}
     lost |= {"subject": "control_sync.64", "reason": "interrupted before it was profiled"}
@@ -505,7 +506,10 @@ def test_a_record_that_was_closed_says_so_and_what_it_lost(evidence, monkeypatch
     elsewhere = {**lost, "suite": "grid", "subject": "fa3"}
     monkeypatch.setitem(evidence.provenance, "excluded", [lost, elsewhere])
     said = evidence.closed("ncu/control.json")
-    assert "by commit abcdef012345" in said and "timing/control.spaced.json" in said
+    assert "by commit abcdef012345, with" in said and "timing/control.spaced.json" in said
+    dirty = {"ncu/control.json": {**made, "dirty": True}}
+    monkeypatch.setitem(evidence.provenance, "closed", dirty)
+    assert "abcdef012345 with local changes, with" in evidence.closed("ncu/control.json")
     assert said.endswith("Lost: control sync.64, control-d64-s1024.")
     assert "FA3" not in said and evidence.closed("host/gate.json") == ""
     assert "abcdef012345" in numbers.numbers(evidence)[numbers.macro("controls closed")]
@@ -563,7 +567,8 @@ def test_where_the_sustained_suite_was_closed_its_tables_say_so(evidence, monkey
     names = ("grid", "which_fa3", "published", "criteria", "regimes")
     said = "timing/grid.sustained.json was interrupted for good"
     assert not any(said in tables.TABLES[name](evidence).note for name in names)
-    made = {"commit": "abcdef0123456789", "provenance_of": "timing/grid.spaced.json"}
+    made = {"commit": "abcdef0123456789", "dirty": False}
+    made["provenance_of"] = "timing/grid.spaced.json"
     monkeypatch.setitem(evidence.provenance, "closed", {tables.SUSTAINED: made})
     assert all(said in tables.TABLES[name](evidence).note for name in names)
     assert said not in tables.host(evidence).note

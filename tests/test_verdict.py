@@ -439,7 +439,7 @@ def test_the_chance_of_any_false_verdict_on_the_four_constraints(edge):
             ]  # fmt: skip
         judged = verdict.judge(only, rows, [], provenance)
         said = {r["verdict"] for r in judged if r["suite"] != "(all)"}
-        assert {r["control"] for r in judged} == {"passed", "borrowed: passed"}
+        assert {r["control"] for r in judged} == {"passed"}
         false += said != {INCONCLUSIVE}
         evidence = verdict.Evidence(rows, [], PROVENANCE)
         alone += any(
@@ -455,6 +455,17 @@ def test_what_was_not_measured_is_blank_and_inconclusive():
     claims, _, provenance = tables()
     for row in verdict.judge(claims, [], [], provenance):
         assert (row["effect"], row["ci_low"], row["verdict"]) == ("", "", INCONCLUSIVE)
+
+
+def test_a_control_is_of_the_primary_witness_and_others_borrow_it():
+    claims = verdict.read_constraints(synthetic.CONSTRAINTS)
+    rows = verdict.read_rows(synthetic.shared() / "results" / "verdicts.csv")
+    primary = {h.metric for h in claims.hypotheses if h.role == "primary"}
+    others = {h.metric for h in claims.hypotheses if h.controlled} - primary
+    told = {row["metric"]: row["control"] for row in rows}
+    assert primary and others
+    assert not any(told[metric].startswith(verdict.BORROWED) for metric in primary)
+    assert all(told[metric].startswith(verdict.BORROWED) for metric in others)
 
 
 def test_the_whole_table_on_a_synthetic_run():
