@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -254,13 +255,24 @@ class Evidence:
 
     def added(self, file: str) -> str:
         """What is to be said of a record that is from another run than most are."""
-        for run in self.provenance.get("addenda", []):
-            if file in run["files"]:
-                same = run["gpu_uuid"] == self.provenance["gpu_uuid"]
-                board = "the same board" if same else "another board of this model"
-                commit = run["commit"][:12]
-                return f" {file} is from run {run['run']}, of {board} (commit {commit})."
-        return ""
+        run = self._adding(file)
+        if run is None:
+            return ""
+        same = run["gpu_uuid"] == self.provenance["gpu_uuid"]
+        board = "the same board" if same else "another board of this model"
+        said = f" {file} is from run {run['run']}, of {board} (commit {run['commit'][:12]})."
+        if file in run["replaced"]:
+            said += f" It takes the place of that of run {self.provenance['run']}, interrupted."
+        return said
+
+    def measuring(self, file: str) -> Mapping[str, float]:
+        """How a record was measured."""
+        found: Mapping[str, float] = (self._adding(file) or self.provenance["content"])["measuring"]
+        return found
+
+    def _adding(self, file: str) -> Mapping[str, Any] | None:
+        """The addendum that a record is from."""
+        return next((r for r in self.provenance.get("addenda", []) if file in r["files"]), None)
 
     def roofline(
         self, suite: str, problem: Problem, subject: str | None, regime: str = "spaced"

@@ -18,7 +18,7 @@ from attn_profiling.record import write_text
 from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, REFERENCE_PEER
 from paper import in_use
 from paper.evidence import Evidence, Value, interval, known_of, load, plain
-from paper.tables import GATE, escape, judged, of_sustained, over_bf16
+from paper.tables import GATE, SUSTAINED, escape, judged, of_sustained, over_bf16
 
 DIGITS = dict(zip("0123456789", ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven",
                                  "Eight", "Nine"), strict=True))  # fmt: skip
@@ -112,7 +112,7 @@ def _count(evidence: Evidence, suite: str, regime: str, wanted: bool) -> str:
 def _places(evidence: Evidence) -> str:
     """Whether a process has a burst of each subject, the A/A twin among them, in every place."""
     ran = {subject for _, subject in evidence.all_of("grid", "gpu_us", "sustained")}
-    bursts = evidence.provenance["content"]["measuring"].get("sustained_bursts", 0)
+    bursts = evidence.measuring(SUSTAINED).get("sustained_bursts", 0)
     return "every" if bursts >= len(ran | {f"{REFERENCE_PEER}#2"}) else "not every"
 
 
@@ -131,7 +131,9 @@ def numbers(evidence: Evidence) -> dict[str, str]:
     """Macro names and their LaTeX text."""
     found: dict[str, str] = {}
     provenance, content = evidence.provenance, evidence.provenance["content"]
-    measuring = content["measuring"]
+    measuring = dict(content["measuring"])
+    bursts = evidence.measuring(SUSTAINED)
+    measuring |= {name: bursts[name] for name in bursts if name.startswith("sustained")}
     top = evidence.top
 
     def put(text_of: str, *words: str) -> None:

@@ -971,7 +971,7 @@ def first_calls(evidence: Evidence) -> str:
         slowest.append(f"{max(times):.0f} ms for {label(name)}")
     return (
         f" First call in a process, the slowest, with a warm compile cache: {slowest[0]}, the first"
-        f" Triton kernel of the process, which pays for loading Triton's driver; {slowest[1]},"
+        f" Triton kernel of the process, which also pays for what Triton does once; {slowest[1]},"
         " called later in the same process."
     )
 

@@ -121,6 +121,11 @@ def test_what_was_interrupted_is_replaced(runs, recorded):
     tables = tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
     assert {r["run"] for r in tables.speedups if r["regime"] == "sustained"} == {"later"}
     assert tables.provenance["closed"] == {}
+    assert tables.provenance["addenda"][0]["replaced"] == ["timing/smoke.sustained.json"]
+    synthetic.derive(recorded, recorded.parent / "results")
+    evidence = load(recorded.parent / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+    said = evidence.added("timing/smoke.sustained.json")
+    assert "takes the place of that of run synthetic, interrupted" in said
 
 
 def test_a_file_is_in_one_addendum(runs, recorded):
@@ -206,5 +211,8 @@ def test_the_paper_says_which_run_a_file_is_from(runs, recorded, tmp_path):
     synthetic.derive(recorded, tmp_path / "results")
     evidence = load(tmp_path / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
     assert "run synthetic + later," in evidence.stamp
-    assert "is from run later, of another board" in evidence.added("timing/smoke.sustained.json")
+    said = evidence.added("timing/smoke.sustained.json")
+    assert "is from run later, of another board" in said and "takes the place" not in said
+    assert evidence.measuring("timing/smoke.sustained.json")["sustained_bursts"] == 9
+    assert evidence.measuring("timing/smoke.spaced.json")["sustained_bursts"] != 9
     assert evidence.added("timing/smoke.spaced.json") == ""

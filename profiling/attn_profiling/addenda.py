@@ -37,6 +37,11 @@ def added(raw: Path) -> dict[str, Path]:
     return {name: path for name, path in _held(raw).items() if path.parent.parent != raw}
 
 
+def added_by(raw: Path, run: Path) -> list[str]:
+    """The names of the records that one addendum adds."""
+    return sorted(name for name, path in added(raw).items() if path.parent.parent == run)
+
+
 def add(run_dir: Path, recorded: Path | None = None) -> Path:
     """Copy a complete run to the addenda of the recorded run of its device.
 

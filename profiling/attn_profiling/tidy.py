@@ -833,20 +833,7 @@ class Tidier:
             "started": min(data["provenance"]["started"] for data in records),
             "packages": device["provenance"]["packages"],
             "gpu_uuid": device["provenance"]["gpu_uuid"],
-            "addenda": [
-                {
-                    "run": data["run"],
-                    "gpu_uuid": data["provenance"]["gpu_uuid"],
-                    "commit": data["provenance"]["commit"],
-                    "started": data["provenance"]["started"],
-                    "files": sorted(
-                        name
-                        for name, found in addenda.added(self.run.raw).items()
-                        if found.parent.parent == path.parent
-                    ),
-                }
-                for path, data in self.run.addenda
-            ],
+            "addenda": [self._addendum(path.parent, data) for path, data in self.run.addenda],
             "states": {
                 path.relative_to(self.run.raw).as_posix(): {
                     when: data["provenance"][when] for when in ("before", "after")
@@ -870,6 +857,18 @@ class Tidier:
             "inconclusive": self.inconclusive,
             "chosen": self.chosen,
             "notes": sorted(set(self.notes)),
+        }
+
+    def _addendum(self, folder: Path, data: record.Record) -> dict[str, Any]:
+        files = addenda.added_by(self.run.raw, folder)
+        return {
+            "run": data["run"],
+            "gpu_uuid": data["provenance"]["gpu_uuid"],
+            "commit": data["provenance"]["commit"],
+            "started": data["provenance"]["started"],
+            "measuring": data["content"]["measuring"],
+            "files": files,
+            "replaced": [name for name in files if (self.run.raw / name).is_file()],
         }
 
     def tables_of_run(self) -> Tables:
