@@ -5,7 +5,7 @@ import torch
 
 import attn_ladder
 from attn_ladder import serving
-from attn_ladder.decode import Config, plan
+from attn_ladder.decode import CACHE, Config, plan
 
 
 @pytest.fixture
@@ -263,8 +263,9 @@ def test_explain_tells_the_kernel_its_splits_and_the_copies(interpreted):
 
 
 def test_explain_tells_of_lengths_that_are_brought_to_the_device():
-    q, lens = torch.empty(2, 1, 4, 64, device="meta"), ints(1, 2)
-    route = serving._route(q, 1, 2, {"q": q}, {"cache_seqlens": lens}, None)
+    q, k = (torch.empty(2, 1, heads, 64, device="meta") for heads in (4, 2))
+    lens = ints(1, 2)
+    route = serving._route(q, k, k, 1, CACHE, {"cache_seqlens": lens}, None)
     assert "it is on cpu" in route.copies["cache_seqlens"]
 
 

@@ -62,6 +62,7 @@ SHARED_OF_AN_SM = 228 * 1024
 POOL_COUNTERS = 2**20  # of a device, 4 MiB
 TARGET_CTAS = 256  # per sequence, at most: two for each of 132 SMs
 MIN_SPLIT = 128  # keys
+APPENDED = 16  # keys that a program of `append_kernel` writes
 
 
 @dataclass(frozen=True)
@@ -563,6 +564,68 @@ def combine_kernel(
     store_rows(
         out_ptr + batch.to(tl.int64) * stride_ob, lse_ptr + batch.to(tl.int64) * stride_lb, acc,
         lse, token, head, token < seqlen_q, stride_om, stride_oh, stride_lh, HEADDIM,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["seqlen_new", "capacity", "num_rows"])
+def append_kernel(
+    k_ptr, v_ptr, k_new_ptr, v_new_ptr, bounds_ptr, index_ptr, table_ptr, error_ptr,
+    stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_k_new_b,
+    stride_k_new_n, stride_k_new_h, stride_v_new_b, stride_v_new_n, stride_v_new_h, stride_tb,
+    seqlen_new, capacity, num_rows, nheads_k,
+    INDEXED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr,
+):  # fmt: skip
+    """Append some keys and values of one sequence and key head."""
+    head_k = tl.program_id(0) % nheads_k
+    batch = tl.program_id(0) // nheads_k
+    _, _, row, _, stored, length, _, error = sequence(
+        batch, bounds_ptr, index_ptr, 1, 1, seqlen_new, capacity, num_rows, 0, False, INDEXED
+    )
+    start_n = (stored // BLOCK_N + tl.program_id(1)) * BLOCK_N
+    if (error != 0) | (start_n >= length):
+        return
+    k_ptr += head_k.to(tl.int64) * stride_kh
+    v_ptr += head_k.to(tl.int64) * stride_vh
+    if PAGE_SIZE == 0:
+        k_ptr += row.to(tl.int64) * stride_kb
+        v_ptr += row.to(tl.int64) * stride_vb
+    k_new_ptr += batch.to(tl.int64) * stride_k_new_b + head_k.to(tl.int64) * stride_k_new_h
+    v_new_ptr += batch.to(tl.int64) * stride_v_new_b + head_k.to(tl.int64) * stride_v_new_h
+    bad = append_block(
+        k_ptr, v_ptr, k_new_ptr, v_new_ptr, table_ptr + batch.to(tl.int64) * stride_tb, start_n,
+        length, stored, num_rows, stride_kn, stride_vn, stride_kb, stride_vb, stride_k_new_n,
+        stride_v_new_n, PAGE_SIZE, BLOCK_N, HEADDIM,
+    )  # fmt: skip
+    if tl.max(bad) != 0:
+        tl.atomic_or(error_ptr, 2)
+
+
+def append(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    *,
+    bounds: torch.Tensor,
+    index: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+) -> None:
+    """Write `k_new`, `v_new` into the cache behind the keys stored, as `launch` does on the way.
+
+    Arguments as there, in mode CACHE. Nothing is appended to a sequence with a bad length or row,
+    and the error of a bad page is flagged.
+    """
+    batch, seqlen_new, nheads_k, headdim = k_new.shape
+    page_size = 0 if block_table is None else k.shape[1]
+    capacity = k.shape[1] * (1 if block_table is None else block_table.shape[1])
+    steps = [step for x in (k, v, k_new, v_new) for step in x.stride()[:3]]
+    grid = (batch * nheads_k, triton.cdiv(seqlen_new, APPENDED) + 1)
+    append_kernel[grid](
+        k, v, k_new, v_new, bounds, bounds if index is None else index,
+        bounds if block_table is None else block_table, error_flag(k.device), *steps,
+        0 if block_table is None else block_table.stride(0), seqlen_new, capacity, k.shape[0],
+        nheads_k, INDEXED=index is not None, PAGE_SIZE=page_size, BLOCK_N=APPENDED,
+        HEADDIM=headdim, num_warps=4,
     )  # fmt: skip
 
 

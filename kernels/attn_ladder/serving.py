@@ -1,7 +1,9 @@
 """Attention over a KV cache and over ragged sequences: checks, operators, and what a call runs.
 
-The kernels are in `decode.py`. The operators are torch library operators with fake implementations
-(`torch.ops.attn_ladder.*`), so `torch.compile` traces through them:
+The kernels are in `decode.py`, and for few query tokens on sm_90 in `decode_hopper.py`; which of
+them a call runs depends on shapes and strides, never on the batch. The operators are torch library
+operators with fake implementations (`torch.ops.attn_ladder.*`), so `torch.compile` traces through
+them:
 
     dense     `attn_ladder.attention` with its log-sum-exp
     ranged    each sequence attends to a range of the keys (what transformers' masks become)
@@ -40,13 +42,32 @@ def _register(schema: str, run: Any, fake: Any) -> None:
     torch.library.register_fake(f"attn_ladder::{name}", fake, lib=_LIBRARY)
 
 
-def _on_device(q: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def runs_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **call: Any) -> bool:
+    """Whether a call as `decode.launch` takes it runs `decode_hopper`."""
+    return q.device.type == "cuda" and _why_not_hopper(q, k, v, **call) is None
+
+
+def _why_not_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **call: Any) -> str | None:
+    if capability(q.device) != (9, 0):
+        return f"compute capability {capability(q.device)}, not (9, 0)"
+    from attn_ladder import decode_launch
+
+    return decode_launch.refusal(q, k, v, mode=call["mode"], block_table=call.get("block_table"))
+
+
+def _on_device(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **call: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     if q.device.type == "cuda":
         with torch.cuda.device_of(q):
-            return kernels.launch(q, *args, **kwargs)
+            if runs_hopper(q, k, v, **call):
+                from attn_ladder import decode_launch
+
+                return decode_launch.run(q, k, v, **call)
+            return kernels.launch(q, k, v, **call)
     if not INTERPRETED:
         raise ValueError(f"q.device={q.device} must be a CUDA device, or TRITON_INTERPRET=1 set")
-    return kernels.launch(q, *args, **kwargs)
+    return kernels.launch(q, k, v, **call)
 
 
 def _dense(q, k, v, causal, softmax_scale):
@@ -505,11 +526,11 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _route(q, longest, nheads_k, tensors, integers, run) -> Route:
-    """What a checked call runs; `integers` are the lengths and indices that the device needs."""
-    config = kernels.plan(longest, q.shape[-2], nheads_k, q.shape[-1])
+def _route(q, k, v, longest, mode, integers, run, new=(), block_table=None) -> Route:
+    """What a checked call runs; `integers` are the lengths and indices that the device needs, `new`
+    the keys and values that are appended."""
     copies = {}
-    for name, x in tensors.items():
+    for name, x in {"q": q, **dict(new)}.items():
         if x is not None and x.stride(-1) != 1:
             copies[name] = f"its last dimension has stride {x.stride(-1)}, not 1"
     for name, x in integers.items():
@@ -517,7 +538,25 @@ def _route(q, longest, nheads_k, tensors, integers, run) -> Route:
             copies[name] = f"it is on {x.device}, the kernel reads it on {q.device}"
         elif x is not None and not x.is_contiguous():
             copies[name] = f"its strides are {x.stride()}"
-    return Route("decode", WHY, config, copies, run, 1)
+    subject, why, config = (
+        "decode",
+        WHY,
+        kernels.plan(longest, q.shape[-2], k.shape[-2], q.shape[-1]),
+    )
+    if q.device.type == "cuda":
+        refusal = _why_not_hopper(q, k, v, mode=mode, block_table=block_table)
+        if refusal is not None:
+            why = f"{WHY}; not decode_hopper: {refusal}"
+        else:
+            from attn_ladder import decode_launch
+
+            subject, config = "decode_hopper", decode_launch.choose_config(q.shape[-1])
+            why = "a persistent kernel for few query tokens on sm_90"
+            if any(x is not None for _, x in new):
+                why += ", behind one that appends"
+            if "q" not in copies and (reason := decode_launch.copy_reason(q)) is not None:
+                copies["q"] = reason
+    return Route(subject, why, config, copies, run, 1)
 
 
 def explain_kvcache(
@@ -532,8 +571,10 @@ def explain_kvcache(
     integers = {
         "cache_seqlens": lens, "cache_batch_idx": cache_batch_idx, "block_table": block_table
     }  # fmt: skip
-    tensors = {"q": q, "k": k, "v": v}
-    return _route(q, q.shape[1], k_cache.shape[2], tensors, integers, attention_with_kvcache)
+    return _route(
+        q, k_cache, v_cache, q.shape[1], kernels.CACHE, integers, attention_with_kvcache,
+        (("k", k), ("v", v)), block_table,
+    )  # fmt: skip
 
 
 def explain_varlen(
@@ -546,5 +587,6 @@ def explain_varlen(
         validate,
     )  # fmt: skip
     integers = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    tensors = {"q": q, "k": k, "v": v}
-    return _route(q, max_seqlen_q, k.shape[1], tensors, integers, attention_varlen)
+    return _route(
+        q, k, v, max_seqlen_q, kernels.VARLEN, integers, attention_varlen, (("k", k), ("v", v))
+    )

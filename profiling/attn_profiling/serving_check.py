@@ -420,20 +420,70 @@ def check_policy_differs(case: Cached, device: Any) -> str:
     """The comparison of bits sees another order of sums: a control of `check_invariance`."""
     import torch
 
+    from attn_ladder import serving
     from attn_ladder.decode import CACHE, launch, plan
 
     cache = Cache(case, device)
-    config = plan(case.seqlen_q, case.nheads, case.nheads_k, case.headdim)
+    call = dict(mode=CACHE, bounds=_ints(case.lens, device))
+    config: Any = plan(case.seqlen_q, case.nheads, case.nheads_k, case.headdim)
+    run: Any = launch
+    change = {"max_splits": 1}
+    if serving.runs_hopper(cache.q, *cache.stores, **call):
+        from attn_ladder import decode_launch
+
+        config, run = decode_launch.choose_config(case.headdim), decode_launch.run
+        change = {"min_split": config.min_split // 2}
     results = [
-        launch(
-            cache.q, *cache.stores, mode=CACHE, bounds=_ints(case.lens, device),
-            config=dataclasses.replace(config, max_splits=splits),
-        )
-        for splits in (config.max_splits, 1)
-    ]  # fmt: skip
+        run(cache.q, *cache.stores, config=tried, **call)
+        for tried in (config, dataclasses.replace(config, **change))
+    ]
     if all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
         raise Failed("another split policy gave the same bits, so equal bits show nothing")
     return "another split policy gives other bits"
+
+
+def check_range(case: Cached, device: Any) -> str:
+    """Sequences that begin anywhere in their row: as the reference, and the bits of the same keys
+    in a cache of their own."""
+    import torch
+
+    from attn_ladder import attention_with_kvcache
+
+    cache = Cache(dataclasses.replace(case, lens=(case.capacity,) * len(case.lens)), device)
+    starts = [min(37 * b, case.capacity - n) for b, n in enumerate(case.lens)]
+    ranges = [(first, first + n) for first, n in zip(starts, case.lens, strict=True)]
+    bounds = _ints([[first, end, end - case.seqlen_q] for first, end in ranges], device)
+    out, lse = torch.ops.attn_ladder.ranged(cache.q, *cache.stores, bounds, None)
+    k, v = cache.keys
+    for b, (first, end) in enumerate(ranges):
+        one, keys = slice(b, b + 1), slice(first, max(end, first + 1))
+        alone = attention_with_kvcache(
+            cache.q[one], k[one, keys], v[one, keys], cache_seqlens=_ints([end - first], device),
+            return_lse=True,
+        )  # fmt: skip
+        _same(alone, (out[one], lse[one]), f"between the keys of sequence {b} alone and a range")
+    return compare(
+        [(out[b], lse[b], cache.q[b], k[b, i:j], v[b, i:j]) for b, (i, j) in enumerate(ranges)],
+        True,
+    )
+
+
+def check_crowd(case: Cached, device: Any) -> str:
+    """A sequence alone and among very many: the same bits."""
+    from attn_ladder import attention_with_kvcache
+
+    cache = Cache(case, device)
+    together = cache.call()
+    k, v = cache.keys
+    for b in range(0, len(case.lens), max(1, len(case.lens) // 64)):
+        one, size = slice(b, b + 1), max(case.lens[b], 1)
+        alone = attention_with_kvcache(
+            cache.q[one], k[one, :size], v[one, :size], cache_seqlens=cache.lens[one].clone(),
+            return_lse=True,
+        )  # fmt: skip
+        _same(alone, [x[one] for x in together], f"between sequence {b} alone and in the batch")
+    no_errors(device)
+    return f"bitwise equal alone and among {len(case.lens)}"
 
 
 def check_flag(device: Any) -> str:
@@ -676,6 +726,16 @@ def spanning_cases(tiny: bool) -> list[Cached]:
     return [*spans, dataclasses.replace(spans[0], seqlen_q=3)]
 
 
+def crowds() -> list[Cached]:
+    """Batches so large that one CTA has many splits of a sequence, or that take two launches."""
+    draw = random.Random(0)
+    many = tuple(draw.randrange(6000) for _ in range(96))
+    return [
+        Cached("bf16", many, 6016, 16, 4, 128),
+        Cached("bf16", tuple(n % 700 for n in many * 7), 704, 8, 2, 64),
+    ]
+
+
 APPEND = Cached("bf16", (5, 700, 2000), 4096, 32, 8, 128, new=1)
 
 
@@ -691,6 +751,11 @@ def checks(device: Any, tiny: bool) -> dict[str, Callable[[], str]]:
         named[f"invariance {case.id}"] = lambda case=case: check_invariance(  # type: ignore[misc]
             case, device
         )
+    named["ranges"] = lambda: check_range(spans[0], device)
+    if not tiny:
+        for case in crowds():
+            name = f"invariance, {len(case.lens)} sequences"
+            named[name] = lambda case=case: check_crowd(case, device)  # type: ignore[misc]
     named["invariance, control"] = lambda: check_policy_differs(spans[0], device)
     named["error flag"] = lambda: check_flag(device)
     control = dataclasses.replace(spans[0], lens=spans[0].lens[:1])
@@ -1379,7 +1444,9 @@ def compile_checks(device: Any) -> None:
     for case in spanning_cases(False):
         cases += [dataclasses.replace(case, page=page) for page in (0, 16, 64, 256)]
         cases.append(dataclasses.replace(case, lens=(1,), capacity=1))
-    tasks: list[Callable[[], Any]] = []
+    cases += [dataclasses.replace(case, lens=case.lens[:1]) for case in crowds()]
+    cases += crowds()
+    tasks: list[Callable[[], Any]] = [lambda: check_range(spanning_cases(False)[0], device)]
     for case in cases:
         tasks.append(lambda case=case: Cache(case, device).call())  # type: ignore[misc]
     for ragged in ragged_cases(False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from attn_ladder import stage
 
-SERVING = {"decode": "decode.py", "transformers": "integrations/transformers.py"}
+SERVING = {"decode": "decode_launch.py", "transformers": "integrations/transformers.py"}
 """`decode`: the kernels of `attention_with_kvcache`. `transformers`: all that a model runs through
 the integration, prefill included."""
 
