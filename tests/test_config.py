@@ -92,6 +92,14 @@ def test_subjects_keep_the_order_of_the_ladder():
     assert validate(changed(subjects=["fa3", "stage1"]), ROOT).subjects == ("stage1", "fa3")
 
 
+def test_serving_can_be_measured_alone():
+    alone = {"check": [], "time": {"spaced": [], "sustained": []}, "host": [], "profile": []}
+    config = changed(suites={**alone, "serving": ["decode"]})
+    assert "decode" in validate(config, ROOT).problems
+    assert raw_files(config) == ["device.json", "serving/decode.json", "serving/model.json"]
+    assert "selects nothing" in error_of(changed(suites={**alone, "serving": []}))
+
+
 def test_raw_files_of_a_run():
     config = changed(suites={
         "check": ["gate", "smoke"], "time": {"spaced": ["gate"], "sustained": []},
@@ -124,8 +132,9 @@ def test_raw_files_of_a_run():
         ({"measuring": 3}, "measuring=3 must be a group of keys"),
         ({"paper": "yes"}, "paper='yes' must be true or false"),
         ({"run": "../up"}, "run='../up' must match"),
-        ({"suites__check": []}, "suites.check=[] selects nothing; name at least one"),
-        ({"suites__time__spaced": []}, "suites.time.spaced=[] selects nothing"),
+        ({"suites__check": []}, "which no suite of suites.check covers"),
+        ({"suites__check": [], "suites__serving": []}, "suites.check=[] selects nothing; name at"),
+        ({"suites__time__spaced": [], "suites__serving": []}, "suites.time.spaced=[] selects"),
         ({"suites__check": ["grid", "grid"]}, "names something twice"),
         ({"suites__host": ["gat"]}, "suites.host: suite='gat' selects no problem; known suites"),
         ({"suites__host": ["gat"]}, "did you mean 'gate'?"),

@@ -314,6 +314,87 @@ def errors() -> dict:
     return done
 
 
+# lengths, capacity, seqlen_new, page size, rows of the cache, page of the table that is bad
+APPENDS = {
+    "one key": ([0, 5, 95], 96, 1, 0, None, None),
+    "over blocks of 16": ([0, 5, 31, 56], 96, 40, 0, None, None),
+    "a whole cache": ([0], 96, 96, 0, None, None),
+    "rows of the cache": ([7, 60, 16], 96, 20, 0, [4, 0, 2], None),
+    "pages of 16": ([0, 15, 16, 40], 64, 24, 16, None, None),
+    "pages of 64": ([60, 0, 100], 128, 28, 64, None, None),
+    "bad lengths": ([-1, 57, 5, 2**31 - 1, -(2**31)], 96, 40, 0, None, None),
+    "bad rows": ([3, 9, 20, 1], 96, 20, 0, [5, 2, -1, 2**31 - 1], None),
+    "a page that does not exist": ([0, 10, 16], 64, 40, 16, None, (1, 2, 20)),
+    "a negative page": ([0, 10, 16], 64, 40, 16, None, (2, 1, -1)),
+    "a bad page before": ([0, 20, 16], 64, 30, 16, None, (1, 0, 20)),
+    "a bad page behind": ([0, 20, 16], 64, 20, 16, None, (0, 3, 99)),
+}
+FAULTS = ("blocks", "lengths", "values")
+FAULTY = ("over blocks of 16", "pages of 16", "a page that does not exist")
+
+
+def append(fault: str = "") -> dict:
+    """`decode.append` of every case: as `launch` appends, as a loop does, nothing else touched, and
+    what is flagged; `fault` plants one in a few, which are compared with the loop only."""
+    import torch
+
+    from attn_ladder import decode
+
+    ints = lambda x: torch.tensor(x, dtype=torch.int32)
+    kernel = decode.append_kernel
+    if fault == "blocks":  # one program too few for each sequence
+        decode.append_kernel = type("Short", (), {"__getitem__": lambda _, grid: lambda *a, **n: (
+            kernel[(grid[0], grid[1] - 1)](*a, **n))})()  # fmt: skip
+    done = {}
+    for name in FAULTY if fault else APPENDS:
+        lens, capacity, new, page, rows, bad = APPENDS[name]
+        torch.manual_seed(0)
+        batch, hk, d = len(lens), 2, 64
+        size = page or capacity
+        number = 20 if page else 5 if rows else batch
+        # the cache lies within rows, keys and heads that are not its own
+        around = torch.full((2, number + 2, size + 1, hk + 1, d), float("nan"), dtype=torch.float16)
+        inside = (slice(None), slice(1, -1), slice(0, size), slice(0, hk))
+        around[inside] = torch.randn(2, number, size, hk, d).half()
+        k_new, v_new = torch.randn(2, batch, new + 3, hk, d).half()[:, :, 3:]
+        where = {}
+        table = torch.tensor([r if 0 <= r < number else 0 for r in rows or range(batch)])[:, None]
+        if page:
+            table = torch.randperm(number)[: batch * capacity // page].view(batch, -1)
+            if bad is not None:
+                table[bad[0], bad[1]] = bad[2]
+            where["block_table"] = table.to(torch.int32)
+        elif rows:
+            where["index"] = ints(rows)
+        want, launched = around.clone(), around.clone()
+        for b, n in enumerate(lens):
+            if not 0 <= n <= capacity - new or (rows and not 0 <= rows[b] < number):
+                continue
+            for j in range(new):
+                place = int(table[b, (n + j) // size])
+                if 0 <= place < number:
+                    want[0, 1 + place, (n + j) % size, :hk] = k_new[b, j]
+                    want[1, 1 + place, (n + j) % size, :hk] = v_new[b, j]
+        if not fault:
+            decode.launch(
+                torch.randn(batch, 1, hk, d).half(), *launched[inside], mode=decode.CACHE,
+                bounds=ints(lens), k_new=k_new, v_new=v_new, **where,
+            )  # fmt: skip
+        texts = [decode.clear_errors("cpu")]
+        late = [n + (fault == "lengths") for n in lens]
+        if fault == "values":
+            v_new = k_new
+        decode.append(*around[inside], k_new, v_new, bounds=ints(late), **where)
+        texts.append(decode.clear_errors("cpu"))
+        bits = lambda x: x.view(torch.int16)
+        done[name] = [
+            torch.equal(bits(around), bits(launched)), torch.equal(bits(around), bits(want)),
+            [[text.split(":")[0] for text in said] for said in texts],
+        ]  # fmt: skip
+    decode.append_kernel = kernel
+    return done
+
+
 def run(what: str) -> dict:
     done = subprocess.run(
         [sys.executable, __file__, what],
@@ -417,6 +498,35 @@ def test_ragged_keys_are_not_split_though_a_cache_of_them_would_be():
     assert config.max_splits > 1 and max(lens_k) > config.min_split
 
 
+APPEND_FLAGS = {  # by `launch`, which reads all keys, and by `append`
+    "bad lengths": [["cache_seqlens"], []],
+    "bad rows": [["cache_batch_idx"], []],
+    "a page that does not exist": [["block_table"], ["block_table"]],
+    "a negative page": [["block_table"], ["block_table"]],
+    "a bad page before": [["block_table"], []],
+}
+
+
+@pytest.fixture(scope="module")
+def appended() -> dict:
+    return run("append")
+
+
+@pytest.mark.parametrize("name", APPENDS)
+def test_new_keys_are_appended_as_the_attention_does_and_nothing_else_is_touched(appended, name):
+    as_launch, as_loop, flags = appended[name]
+    assert as_launch and as_loop
+    assert flags == APPEND_FLAGS.get(name, [[], []])
+
+
+def test_keys_appended_wrongly_would_be_seen():
+    done = run("append wrongly")
+    assert set(done) == set(FAULTS)
+    for fault, found in done.items():
+        assert set(found) == set(FAULTY)
+        assert not any(as_loop for _, as_loop, _ in found.values()), fault
+
+
 def test_counters_are_shared_by_a_stream_and_owned_by_a_captured_launch(monkeypatch):
     import torch
 
@@ -442,6 +552,10 @@ if __name__ == "__main__":
     what = sys.argv[1]
     if what in ("cases", "wrong", "lanes"):
         print(json.dumps(cases(what == "wrong", 4 if what == "lanes" else 1)))
+    elif what == "append wrongly":
+        print(json.dumps({fault: append(fault) for fault in FAULTS}))
     else:
-        run_it = {"invariance": invariance, "errors": errors, "combine": combine}[what]
+        run_it = {
+            "invariance": invariance, "errors": errors, "combine": combine, "append": append
+        }[what]  # fmt: skip
         print(json.dumps(run_it()))

@@ -54,7 +54,7 @@ LN_2 = gl.constexpr(0.6931471805599453)
 BATCHES = (32, 128, 512)  # sizes of the table of sequences
 PAGE_SIZES = (0, 16, 64, 256)
 REGISTERS = 128  # of a thread at launch: 256 threads, two CTAs on an SM
-PRODUCER_REGISTERS = gl.constexpr(48)  # the consumer gets what is left, 208
+PRODUCER_REGISTERS = gl.constexpr(40)  # the consumer gets what is left, 216
 
 
 @dataclass(frozen=True)
@@ -466,64 +466,64 @@ def store_split(
 
 @gluon.jit
 def combine(
-    out_ptr, lse_ptr, partial_ptr, totals_ptr, b, head, parts, log2_unit, call, cfg: gl.constexpr
+    out_ptr, lse_ptr, partial_ptr, totals_ptr, b, head, parts, call,
+    STEP: gl.constexpr, cfg: gl.constexpr,
 ):  # fmt: skip
-    """Add up the stored results of a sequence's splits, for one key head; where an item is more
-    than one, the first split of a group has the group's.
+    """Add up the stored results of a sequence's `parts` splits, for one key head: STEP is 1, or
+    GROUP where the first split of a group has the group's.
 
-    Some splits at a time, whose loads are in flight together. `.cg`: other CTAs wrote.
+    Some at a time, whose loads are in flight together. What is loaded beyond the end is the last
+    result again, with weight 0. `.cg`: other CTAs wrote.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1, cfg.headdim // 32], [1, 32], [4, 1], [1, 0])
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
-    HEADDIM: gl.constexpr = cfg.headdim
     TILE: gl.constexpr = cfg.rows
-    AT_ONCE: gl.constexpr = CHUNK // TILE
+    HEADDIM: gl.constexpr = cfg.headdim
+    AT_ONCE: gl.constexpr = CHUNK // TILE if STEP == 1 or TILE > 8 else CHUNK // TILE // 2
+    layout: gl.constexpr = gl.BlockedLayout([1, HEADDIM // 32], [1, 32], [4, 1], [1, 0])
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
     offs_d = gl.expand_dims(gl.arange(0, HEADDIM, gl.SliceLayout(0, layout)), 0)
-    nheads = call.nheads_k * call.group
-    step = call.seqlen_q * nheads
+    step = call.seqlen_q * call.nheads_k * call.group
     first = b.to(gl.int64) * call.num_splits * step
     row = gl.arange(0, TILE, rows)
-    inside = row < call.seqlen_q * call.group
-    token, member = packed(row, call)
-    place = token * nheads + member + head * call.group
+    token, member = packed(gl.minimum(row, call.seqlen_q * call.group - 1), call)
+    place = (token * call.nheads_k + head) * call.group + member
     offsets = gl.expand_dims(place * HEADDIM, 1) + offs_d
     partial_ptr = gl.multiple_of(partial_ptr + first * HEADDIM, 16)
     totals_ptr += first
     exponent = gl.full([TILE], -float("inf"), gl.float32, rows)
     total = gl.zeros([TILE], gl.float32, rows)
     acc = gl.zeros([TILE, HEADDIM], gl.float32, layout)
-    for start in range(0, parts, AT_ONCE):
-        accs = ()
+    for start in range(0, parts, AT_ONCE * STEP):
         bits = ()
+        accs = ()
         for i in gl.static_range(AT_ONCE):
-            stored = (start + i < parts) & ((log2_unit == 0) | (i % GROUP == 0))
-            mask = inside & stored
-            accs = accs + (gl.load(
-                partial_ptr + offsets, mask=gl.expand_dims(mask, 1), other=0.0,
-                cache_modifier=".cg",
-            ),)  # fmt: skip
-            bits = bits + (gl.load(
-                totals_ptr + place, mask=mask, other=-(2**55), cache_modifier=".cg"
-            ),)  # fmt: skip
-            partial_ptr += step * HEADDIM
-            totals_ptr += step
+            at = gl.minimum(start + i * STEP, (parts - 1) // STEP * STEP) * step
+            bits = bits + (gl.load(totals_ptr + (at + place), cache_modifier=".cg"),)
+        for i in gl.static_range(AT_ONCE):
+            at = gl.minimum(start + i * STEP, (parts - 1) // STEP * STEP) * step
+            acc_i = gl.load(partial_ptr + (at * HEADDIM + offsets), cache_modifier=".cg")
+            accs = accs + (acc_i,)
+        exponents = ()
         larger = exponent
         for i in gl.static_range(AT_ONCE):
-            larger = gl.maximum(larger, upper(bits[i]))
+            inside = start + i * STEP < parts
+            exponents = exponents + (gl.where(inside, upper(bits[i]), -float("inf")),)
+            larger = gl.maximum(larger, exponents[i])
         scale = exp2(exponent - finite(larger))
         total *= scale
         acc *= gl.expand_dims(scale, 1)
         exponent = larger
-        for g in gl.static_range(AT_ONCE // GROUP):
-            group_total = gl.zeros([TILE], gl.float32, rows)
-            group_acc = gl.zeros([TILE, HEADDIM], gl.float32, layout)
-            for i in gl.static_range(g * GROUP, (g + 1) * GROUP):
-                scale = exp2(upper(bits[i]) - finite(larger))
-                group_total += scale * bits[i].to(gl.int32).to(gl.float32, bitcast=True)
-                group_acc += gl.expand_dims(scale, 1) * accs[i]
-            total += group_total
-            acc += group_acc
+        for i in gl.static_range(AT_ONCE):
+            if i % (GROUP // STEP) == 0:
+                group_total = gl.zeros([TILE], gl.float32, rows)
+                group_acc = gl.zeros([TILE, HEADDIM], gl.float32, layout)
+            scale = exp2(exponents[i] - finite(larger))
+            group_total += scale * bits[i].to(gl.int32).to(gl.float32, bitcast=True)
+            group_acc += gl.expand_dims(scale, 1) * accs[i]
+            if (i + 1) % (GROUP // STEP) == 0:
+                total += group_total
+                acc += group_acc
     first_row = b.to(gl.int64) * step
+    inside = row < call.seqlen_q * call.group
     store_rows(acc, total, exponent, row, first_row, inside, out_ptr, lse_ptr, head, call, cfg)
 
 
@@ -578,10 +578,14 @@ def softmax_partition(given, cfg: gl.constexpr):
             rows = load_queries(q_ptr, item[0], item[1], call, cfg)
         end = gl.minimum(first + (1 << log2_unit), parts)
         bad = bad_pages(table_ptr, b, first << log2, gl.minimum(end << log2, length), call, cfg)
+        whole = end - first == parts
         count = gl.where(log2_unit == 0, parts, (parts + GROUP - 1) // GROUP)  # results to add up
         # keys below rows_seen are seen by a row, keys below position + 1 by every row
         position = gl.where(call.causal != 0, position, EVERY)
-        # the sum of a group of splits; nothing so far
+        # sums of a group of splits, and of the groups; nothing so far
+        sum_acc = gl.zeros([TILE, HEADDIM], gl.float32, merged)
+        sum_total = gl.zeros([TILE], gl.float32, merged_rows)
+        sum_exponent = gl.full([TILE], -float("inf"), gl.float32, merged_rows)
         group_acc = gl.zeros([TILE, HEADDIM], gl.float32, merged)
         group_total = gl.zeros([TILE], gl.float32, merged_rows)
         exponent = gl.full([TILE], -float("inf"), gl.float32, merged_rows)
@@ -614,38 +618,48 @@ def softmax_partition(given, cfg: gl.constexpr):
                 group_acc, group_total, exponent, split_acc, split_total, split_exponent
             )
             if (log2_unit == 0) | (split % GROUP == GROUP - 1) | (split == end - 1):
-                if cfg.page_size != 0:
-                    error = error | gl.reduce(bad, 0, either) * 2
-                if error != 0:
-                    gl.atomic_or(error_ptr, error)
-                    group_total += float("nan")
-                    group_acc += float("nan")
-                row = gl.arange(0, TILE, merged_rows)
-                inside = row < num_rows
-                if count == 1:
-                    first_row = b.to(gl.int64) * call.seqlen_q * nheads
-                    store_rows(
-                        group_acc, group_total, exponent, row, first_row, inside, out_ptr, lse_ptr,
-                        head, call, cfg,
-                    )  # fmt: skip
-                else:
-                    store_split(
-                        group_acc, group_total, exponent, row, inside, partial_ptr, totals_ptr, b,
-                        head, gl.where(log2_unit == 0, split, split // GROUP * GROUP), call, cfg,
-                    )  # fmt: skip
-                stored += 1
+                sum_acc, sum_total, sum_exponent = add_up(
+                    sum_acc, sum_total, sum_exponent, group_acc, group_total, exponent
+                )
                 group_acc = gl.zeros_like(group_acc)
                 group_total = gl.zeros_like(group_total)
                 exponent = gl.full_like(exponent, -float("inf"))
-        if count > 1:
+                if (split == end - 1) | (whole == 0):
+                    if cfg.page_size != 0:
+                        error = error | gl.reduce(bad, 0, either) * 2
+                    if error != 0:
+                        gl.atomic_or(error_ptr, error)
+                        sum_total += float("nan")
+                        sum_acc += float("nan")
+                    row = gl.arange(0, TILE, merged_rows)
+                    inside = row < num_rows
+                    if whole:
+                        first_row = b.to(gl.int64) * call.seqlen_q * nheads
+                        store_rows(
+                            sum_acc, sum_total, sum_exponent, row, first_row, inside, out_ptr,
+                            lse_ptr, head, call, cfg,
+                        )  # fmt: skip
+                    else:
+                        store_split(
+                            sum_acc, sum_total, sum_exponent, row, inside, partial_ptr, totals_ptr,
+                            b, head, gl.where(log2_unit == 0, split, split // GROUP * GROUP), call,
+                            cfg,
+                        )  # fmt: skip
+                        sum_acc = gl.zeros_like(sum_acc)
+                        sum_total = gl.zeros_like(sum_total)
+                        sum_exponent = gl.full_like(sum_exponent, -float("inf"))
+                    stored += 1
+        if whole == 0:
             arrivals_ptr = counter_ptr + b * call.nheads_k + head
             gl.thread_barrier()
             arrived = gl.atomic_add(arrivals_ptr, stored, sem="acq_rel", scope="gpu") + stored
             if arrived == count:
-                combine(
-                    out_ptr, lse_ptr, partial_ptr, totals_ptr, b, head, parts,
-                    log2_unit, call, cfg,
-                )  # fmt: skip
+                if log2_unit == 0:
+                    combine(out_ptr, lse_ptr, partial_ptr, totals_ptr, b, head, parts, call, 1, cfg)
+                else:
+                    combine(
+                        out_ptr, lse_ptr, partial_ptr, totals_ptr, b, head, parts, call, GROUP, cfg
+                    )
                 gl.store(arrivals_ptr, 0)  # for the next launch
 
 

@@ -71,6 +71,8 @@ def build(
     """What is compiled for a call. Raises `ValueError` where that is not possible."""
     if config.BLOCK_N * headdim > 8192:
         raise ValueError(f"{config} needs more registers than there are at {headdim=}")
+    if batch > BATCHES[-1]:
+        raise ValueError(f"{batch=} sequences are more than {BATCHES[-1]}, the most of a launch")
     size = next(size for size in BATCHES if batch <= size)
     return Build(
         headdim, page_size, ranged, indexed, size, 4 if rows <= 4 else ROWS.value, config.BLOCK_N,
@@ -204,7 +206,8 @@ def refusal(
     block_table: torch.Tensor | None = None,
 ) -> str | None:
     """Why `run` cannot take a call that `decode.launch` can, or None. Never because of the batch,
-    so a sequence alone is computed as inside one."""
+    so a sequence alone is computed as inside one; but for a cache whose rows are repeated by a
+    stride of 0, which no tensor map describes."""
     if mode == decode.VARLEN:
         return "queries are ragged"
     for name, x in (("k", k), ("v", v)):
@@ -218,8 +221,12 @@ def copy_reason(q: torch.Tensor) -> str | None:
     """Why the queries are copied before they are read, or None."""
     if q.data_ptr() % 16:
         return "it is not aligned to 16 bytes"
-    if any(step % 8 or step >= 2**31 for step in q.stride()[:3]):
-        return f"its strides {q.stride()} are not all multiples of 16 bytes, or too large"
+    steps = q.stride()[:3]
+    if any(step % 8 for step in steps):
+        return f"its strides {q.stride()} are not all multiples of 16 bytes"
+    span = sum((n - 1) * step for n, step in zip(q.shape[1:3], steps[1:], strict=True))
+    if span >= 2**31 - 2**10 or steps[0] >= 2**31:
+        return f"its strides {q.stride()} are too large"
     return None
 
 
@@ -238,7 +245,7 @@ def _refusal(
         (rows <= ROWS.value, f"{rows} query rows of a key head, more than {ROWS.value}"),
         (nheads_k <= MAX_HEADS_K, f"{nheads_k=}, more than {MAX_HEADS_K}"),
         (page_size in PAGE_SIZES, f"{page_size=}, none of {PAGE_SIZES[1:]}"),
-        (capacity < decode.EVERY_KEY, f"a capacity of {capacity} keys"),
+        (0 < capacity < decode.EVERY_KEY, f"a capacity of {capacity} keys"),
         (table is None or table[1] == 1, "a block table whose rows are not contiguous"),
     ):
         if not fits:

@@ -544,7 +544,8 @@ def _route(q, k, v, longest, mode, integers, run, new=(), block_table=None) -> R
         kernels.plan(longest, q.shape[-2], k.shape[-2], q.shape[-1]),
     )
     if q.device.type == "cuda":
-        refusal = _why_not_hopper(q, k, v, mode=mode, block_table=block_table)
+        table = None if block_table is None else block_table.contiguous()  # as the call does
+        refusal = _why_not_hopper(q, k, v, mode=mode, block_table=table)
         if refusal is not None:
             why = f"{WHY}; not decode_hopper: {refusal}"
         else:

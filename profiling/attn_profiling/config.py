@@ -214,6 +214,12 @@ def validate(config: Config, root: Path) -> Selection:
                 f"config: suites.{step}: {paged[0]} has pages, which no subject of this step reads;"
                 " only suites.serving measures it"
             )
+    for step in ("check", "time.spaced"):
+        if not suites(config)[step] and not serving_suites(config):
+            raise ConfigError(
+                f"config: suites.{step}=[] selects nothing; name at least one, or a suite of"
+                " suites.serving alone"
+            )
     checked = {problem.id for suite in config["suites"]["check"] for problem in chosen[suite]}
     for step, names in suites(config).items():
         for name in names:

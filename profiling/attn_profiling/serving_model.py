@@ -273,12 +273,17 @@ def timed(device: Any, call: Callable[[], Any], repeats: int) -> list[float]:
     return found[1:]
 
 
-def captured(model: Any, ids: Any, before: int) -> Callable[[], Any]:
-    """One decode step with a static cache as a CUDA graph; returns its replay."""
+CAPTURED_STEPS = 3  # what `captured` itself stores in the cache
+
+
+def captured(model: Any, ids: Any, steps: int) -> Callable[[], Any]:
+    """One decode step with a static cache as a CUDA graph; returns its replay, of which `steps` can
+    be made: each stores a token more, and the cache would be overrun."""
     import torch
     from transformers import StaticCache
 
-    cache = StaticCache(config=model.config, max_cache_len=before + 128)
+    before = ids.shape[1]
+    cache = StaticCache(config=model.config, max_cache_len=before + CAPTURED_STEPS + steps)
     model(ids, past_key_values=cache, logits_to_keep=1)
     token, position = ids[:, -1:].contiguous(), torch.full_like(ids[:, :1], before)
 
@@ -348,7 +353,7 @@ def check_speed(report: Report, runner: Runner, implementations: list[str]) -> N
             try:
                 model.set_attn_implementation(name)
                 with torch.no_grad():
-                    replay = captured(model, ids, before)
+                    replay = captured(model, ids, (run.repeats + 1) * count)
             except Exception as error:
                 report.add(
                     "speed",
