@@ -8,7 +8,7 @@
 `attention_with_kvcache` decodes over a KV cache, `attention_varlen` takes ragged sequences, and
 `attn_ladder.integrations.transformers.register()` serves Hugging Face models with them.
 
-Importing the package loads neither torch nor triton; the first use of a function does.
+Importing the package loads neither torch nor triton; the first use of a name does.
 """
 
 from importlib import import_module

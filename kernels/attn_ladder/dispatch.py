@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from attn_ladder.problem import Problem
+
+with suppress(ImportError):  # here, and not in the first call; `route` says why it cannot be used
+    import attn_ladder.stage5_everything  # noqa: F401
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEADDIM = 256
