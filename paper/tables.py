@@ -1201,11 +1201,17 @@ def checks(evidence: Evidence) -> Table:
         cells.append(f"{worst:.2f}" if worst else "–")
         cells.append(f"{min(runs)[0]:.0f} on {identical}" if runs else "–")
         rows.append([label(name), *cells])
+    again = [
+        f"{label(item['subject'])} on {item['problem']} ({item['reason']})"
+        for item in evidence.provenance["excluded"]
+        if item["kind"] == "check" and item["status"] == "failed"
+    ]
     return Table(
         ["", *(s.replace("_", " ") for s in suites), "worst error / bound", "identical runs"],
         rows,
-        "Bound: twice the error of low-precision PyTorch against fp32, plus FA3's rounding term; of"
-        " each problem the call that errs most (scores that grow, whose bound is wide)."
+        ("Failed, which counts: " + "; ".join(again) + ". " if again else "")
+        + "Bound: twice the error of low-precision PyTorch against fp32, plus FA3's rounding term;"
+        " of each problem the call that errs most (scores that grow, whose bound is wide)."
         " Identical runs: the fewest in a row that gave the same bits, on so many problems.",
         align="l" + "r" * (len(suites) + 2),
         labels=1,

@@ -105,6 +105,43 @@ def test_checks_of_an_addendum_are_not_rendered_twice(runs, recorded):
     assert len(keys) == len(set(keys))
 
 
+def test_a_check_that_failed_in_an_addendum_counts(runs, recorded):
+    """Its value of what failed is the metric; what was right there stays right."""
+
+    def first(data):
+        data["run"] = "synthetic"
+
+    def fail(data):
+        for row in data["results"]:
+            if row["subject"] == "stage5" and row["identical_runs"]:
+                row |= {"ok": False, "status": "failed", "message": "run 449 differs"}
+                row |= {"identical_runs": 448, "streams": None, "graph": None}
+
+    def wrong(data):
+        for row in data["results"]:
+            if row["status"] == "failed":
+                row |= {"message": "NaN", "identical_runs": None}
+
+    def found():
+        data = tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
+        rows = [r for r in data.metrics if (r["suite"], r["subject"]) == ("gate", "stage5")]
+        names = ("identical_runs", "streams", "correct")
+        least = [min(r["value"] for r in rows if r["metric"] == name) for name in names]
+        return least, [i for i in data.provenance["excluded"] if i["status"] == "failed"]
+
+    shutil.copy(runs / "later" / "check" / "gate.json", recorded / "check" / "gate.json")
+    edited(recorded / "check" / "gate.json", first)
+    addenda.add(runs / "later", recorded)
+    assert found() == ([1000, 1, 1], [])
+    there = recorded / "addenda" / "later" / "check" / "gate.json"
+    edited(there, fail)
+    least, failed = found()
+    assert least == [448, 1, 1]
+    assert [i["reason"] for i in failed] == ["run later: run 449 differs"]
+    edited(there, wrong)
+    assert found()[0] == [1000, 1, 0]
+
+
 def test_what_was_recorded_whole_is_not_replaced(runs, recorded):
     shutil.copy(runs / "later" / "timing" / "smoke.sustained.json", recorded / "timing")
     refused(runs, recorded, "timing/smoke.sustained.json: .* has it whole")

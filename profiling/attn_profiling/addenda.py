@@ -2,7 +2,8 @@
 
 `measurements/<device>/addenda/<run>/` is a whole run of one board, with its own checks, of which
 the timings and the parts of serving are rendered beside those of the recorded run. Each file is
-rendered from one run, so a ratio never crosses two; every row says which run it is from.
+rendered from one run, so a ratio never crosses two; every row says which run it is from. A check
+that failed there counts as a failure of the recorded run's.
 """
 
 from __future__ import annotations

@@ -194,6 +194,11 @@ class Run:
             for run in addenda.runs(raw)
         ]
         self.checks = self._all("check")
+        self.checked_again = [
+            (path, record.read(path, "check"))
+            for run in addenda.runs(raw)
+            for path in sorted((run / "check").glob("*.json"))
+        ]
         self.timings = self._all("timing")
         self.hosts = self._all("host")
         self.profiles = self._all("ncu")
@@ -417,7 +422,21 @@ class Tidier:
 
     # -- the kinds of raw files
 
+    def failed_again(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """By problem and subject, the results of checks that failed when an addendum was made."""
+        found = {}
+        for path, data in self.run.checked_again:
+            for result in data["results"]:
+                problem, subject = record.problem_of(result["problem"]), result["subject"]
+                if result["status"] == "failed" and not self.is_stale(path, data, subject):
+                    reason = f"run {data['run']}: {result['message']}"
+                    self.left_out(data, problem, subject, "failed", reason)
+                    found[problem.id, subject] = result
+        return found
+
     def checks(self) -> None:
+        """Results of the recorded run; one that failed in an addendum counts as it was there."""
+        again = self.failed_again()
         for path, data in self.run.checks:
             for result, problem in self.entries(path, data, "results"):
                 subject, suite = result["subject"], data["suite"]
@@ -425,18 +444,21 @@ class Tidier:
                     continue
                 if result["status"] != "ok":
                     self.left_out(data, problem, subject, result["status"], result["message"])
+                failed = again.get((problem.id, subject), {})
                 if result["status"] != "unsupported":
-                    self.metric(
-                        suite, problem, subject, NO_REGIME, "correct", "1", value=result["ok"]
-                    )
+                    wrong = failed and failed["identical_runs"] is None  # not only other bits
+                    right = result["ok"] and not wrong
+                    self.metric(suite, problem, subject, NO_REGIME, "correct", "1", value=right)
                 for name in (
                     "max_error", "reference_error", "bound", "lse_error", "unit_error", "allclose",
                     "identical_runs", "streams", "graph",
                 ):  # fmt: skip
-                    if result.get(name) is not None:
-                        self.metric(
-                            suite, problem, subject, NO_REGIME, name, "1", value=result[name]
-                        )
+                    value = result.get(name)
+                    if value is not None and name in ("identical_runs", "streams", "graph"):
+                        there = failed.get(name)
+                        value = value if there is None else min(value, there)
+                    if value is not None:
+                        self.metric(suite, problem, subject, NO_REGIME, name, "1", value=value)
 
     def timings(self) -> None:
         for path, data in self.run.timings:
