@@ -138,14 +138,20 @@ class Evidence:
         return all(found)
 
     def agreed(self, suite: str, regime: str) -> tuple[int, int]:
-        """On how many problems of a suite the A/A pair agreed in a regime, and of how many; 0 of 0
-        where none was measured."""
-        found = [
-            values["value"]
-            for (s, _, _, metric, r), values in self._metrics.items()
+        """On how many problems of a suite the A/A pair agreed in a regime and the top stage was
+        measured, and of how many; 0 of 0 where none was measured."""
+        found = {
+            problem: values["value"]
+            for (s, problem, _, metric, r), values in self._metrics.items()
             if (s, metric, r) == (suite, "conclusive", regime)
-        ]
-        return int(sum(found)), len(self.suite(suite)) if found else 0
+        }
+        measured = {
+            problem
+            for s, problem, subject, _, r in self._speedups
+            if (s, subject, r) == (suite, self.top, regime)
+        }
+        agreed = sum(v for p, v in found.items() if p in measured or not measured)
+        return int(agreed), len(self.suite(suite)) if found else 0
 
     def attempts(self, suite: str, regime: str) -> str:
         """How often the problems of a suite were measured in a regime: `1`, or `1 to 3`; empty
@@ -253,6 +259,14 @@ class Evidence:
             f" {found['provenance_of']}.{missing}"
         )
 
+    def failed_checks(self) -> list[str]:
+        """What failed a check, in the recorded run or in an addendum, and how."""
+        return [
+            f"{label(item['subject'])} on {item['problem']} ({item['reason']})"
+            for item in self.provenance["excluded"]
+            if item["kind"] == "check" and item["status"] == "failed"
+        ]
+
     def added(self, file: str) -> str:
         """What is to be said of a record that is from another run than most are."""
         run = self._adding(file)
@@ -359,9 +373,11 @@ class Evidence:
         p = self.provenance
         dirty = " with local changes" if p["dirty"] else ""
         image = p["image_digest"] or "none (native)"
-        runs = " + ".join([p["run"], *(run["run"] for run in p.get("addenda", []))])
+        made = [p, *p.get("addenda", [])]
+        runs = " + ".join(run["run"] for run in made)
+        commits = " + ".join(dict.fromkeys(run["commit"][:12] for run in made))
         return (
-            f"tier {p['tier']}, device {p['device']}, run {runs}, commit {p['commit'][:12]}"
+            f"tier {p['tier']}, device {p['device']}, run {runs}, commit {commits}"
             f"{dirty}, image {image}"
         )
 

@@ -144,6 +144,13 @@ def numbers(evidence: Evidence) -> dict[str, str]:
     put(escape(provenance["run"]), "run id")
     put(escape(provenance["commit"][:12]), "commit")
     put(escape(provenance["image_digest"] or "none (native)"), "image")
+    put("".join(
+        f"; added from run {escape(run['run'])} of {run['started'][:10]}, commit"
+        rf" \texttt{{{run['commit'][:12]}}}: {escape(', '.join(run['files']))}"
+        for run in provenance.get("addenda", [])
+    ), "added runs")  # fmt: skip
+    lost = [escape(again) for again in evidence.failed_checks()]
+    put(f"Of the recorded checks these failed: {'; '.join(lost)}." if lost else "", "failed checks")
     put(escape(provenance["started"][:10]), "started")
     for name in ("driver", "cuda", "torch", "triton", "ncu"):
         put(escape(str(content[name] or "absent")), name, "version")

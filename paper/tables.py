@@ -126,14 +126,22 @@ SUSTAINED = "timing/grid.sustained.json"
 
 
 def conclusive_of(evidence: Evidence, suite: str, regime: str) -> str:
-    """`7 of 24`: on how many problems of a suite the A/A pair agreed in a regime."""
+    """`7 of 24`: on how many problems of a suite a regime gave conclusive ratios."""
     agreed, every = evidence.agreed(suite, regime)
     return f"{agreed} of {every}"
 
 
 def of_sustained(evidence: Evidence) -> str:
     """What is to be said of the record of the sustained regime, wherever its numbers stand."""
-    return evidence.added(SUSTAINED) + evidence.closed(SUSTAINED)
+    lost = [
+        f"{item['problem']} ({item['reason']})"
+        for item in evidence.provenance["excluded"]
+        if (item["kind"], item["suite"], item["subject"]) == ("timing", "grid", evidence.top)
+        and item.get("regime") == "sustained"
+    ]
+    top = label(evidence.top).capitalize()
+    said = f" {top} was not timed there on {', '.join(lost)}." if lost else ""
+    return evidence.added(SUSTAINED) + evidence.closed(SUSTAINED) + said
 
 
 def over_bf16(evidence: Evidence) -> list[float]:
@@ -1177,6 +1185,7 @@ def checks(evidence: Evidence) -> Table:
     """How many problems each subject gets right, and the worst error against its bound."""
     suites = ["grid", "grid_fp16", "grid256", "gate", "smoke"]
     suites = [s for s in suites if s != "grid256" or evidence.all_of(s, "correct")]
+    failed = evidence.failed_checks()
     rows = []
     for name in _profiled(evidence):
         cells = []
@@ -1201,15 +1210,10 @@ def checks(evidence: Evidence) -> Table:
         cells.append(f"{worst:.2f}" if worst else "–")
         cells.append(f"{min(runs)[0]:.0f} on {identical}" if runs else "–")
         rows.append([label(name), *cells])
-    again = [
-        f"{label(item['subject'])} on {item['problem']} ({item['reason']})"
-        for item in evidence.provenance["excluded"]
-        if item["kind"] == "check" and item["status"] == "failed"
-    ]
     return Table(
         ["", *(s.replace("_", " ") for s in suites), "worst error / bound", "identical runs"],
         rows,
-        ("Failed, which counts: " + "; ".join(again) + ". " if again else "")
+        ("Failed, which counts: " + "; ".join(failed) + ". " if failed else "")
         + "Bound: twice the error of low-precision PyTorch against fp32, plus FA3's rounding term;"
         " of each problem the call that errs most (scores that grow, whose bound is wide)."
         " Identical runs: the fewest in a row that gave the same bits, on so many problems.",

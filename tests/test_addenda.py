@@ -134,7 +134,10 @@ def test_a_check_that_failed_in_an_addendum_counts(runs, recorded):
     addenda.add(runs / "later", recorded)
     assert found() == ([1000, 1, 1], [])
     there = recorded / "addenda" / "later" / "check" / "gate.json"
+    assert promote.failed_checks(recorded / "addenda" / "later") == []
     edited(there, fail)
+    (told, *_) = promote.failed_checks(recorded / "addenda" / "later")
+    assert told.startswith("check/gate.json: stage5 on gate-") and "run 449 differs" in told
     least, failed = found()
     assert least == [448, 1, 1]
     assert [i["reason"] for i in failed] == ["run later: run 449 differs"]

@@ -279,6 +279,8 @@ def promote_command(
     an addendum of it."""
     from attn_profiling import addenda, promote
 
+    for line in promote.failed_checks(run):
+        _say(f"warning: {line}; it is recorded, and tables and criteria count it")
     if add:
         _say(f"{run} is recorded in {addenda.add(run, to)}")
         return

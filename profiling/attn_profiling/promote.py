@@ -82,6 +82,17 @@ def complete(run_dir: Path) -> dict[str, Record]:
     return records
 
 
+def failed_checks(run_dir: Path) -> list[str]:
+    """What failed a check of a run: a kernel that is wrong, or gives other bits."""
+    found = []
+    for path in sorted((run_dir / "check").glob("*.json")):
+        for row in read(path, "check")["results"]:
+            if row["status"] == "failed":
+                what = f"{row['subject']} on {row['problem']['id']}: {row['message']}"
+                found.append(f"check/{path.name}: {what}")
+    return found
+
+
 def _machine(record: Record) -> dict[str, Any]:
     return {**record["content"], "gpu_uuid": record["provenance"]["gpu_uuid"]}
 

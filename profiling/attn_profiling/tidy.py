@@ -413,6 +413,7 @@ class Tidier:
             {
                 "kind": kind,
                 "suite": data["suite"] or kind,
+                "regime": data.get("regime"),
                 "problem": problem if isinstance(problem, str) else problem.id,
                 "subject": subject,
                 "status": status,
