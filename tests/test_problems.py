@@ -67,6 +67,18 @@ def test_smoke_problems_are_tiny(problems):
     assert any(p.seqlen_q != p.seqlen_k for p in select(problems, "smoke"))
 
 
+def test_odd_problems_are_of_every_kind(problems):
+    odd = select(problems, "odd")
+    assert {(p.headdim, p.causal) for p in odd} == {
+        (d, c) for d in (64, 128, 256) for c in (True, False)
+    }  # fmt: skip
+    assert {p.dtype for p in odd} == {"bf16", "fp16"}
+    assert any(p.seqlen_q == 1 for p in odd) and any(p.seqlen_k == 1 for p in odd)
+    assert any(p.nheads // p.nheads_k not in (1, 2, 4, 8) for p in odd)
+    assert any(p.seqlen_q % 64 and p.seqlen_k % 64 and p.seqlen_q > 128 for p in odd)
+    assert any(p.causal and p.seqlen_q > p.seqlen_k for p in odd), "rows that see no key"
+
+
 def test_a_good_row_is_read(tmp_path):
     table = tmp_path / "problems.tsv"
     table.write_text(f"{HEADER}\n{GOOD}\n")

@@ -3,7 +3,8 @@
 `measurements/<device>/addenda/<run>/` is a whole run of one board, with its own checks, of which
 the timings and the parts of serving are rendered beside those of the recorded run. Each file is
 rendered from one run, so a ratio never crosses two; every row says which run it is from. A check
-that failed there counts as a failure of the recorded run's.
+that failed there counts as a failure of the recorded run's; suites that were not checked there are
+rendered, too.
 """
 
 from __future__ import annotations

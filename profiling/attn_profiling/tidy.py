@@ -194,11 +194,15 @@ class Run:
             for run in addenda.runs(raw)
         ]
         self.checks = self._all("check")
-        self.checked_again = [
+        late = [
             (path, record.read(path, "check"))
             for run in addenda.runs(raw)
             for path in sorted((run / "check").glob("*.json"))
         ]
+        names = {path.name for path, _ in self.checks}
+        lacking = [(path, data) for path, data in late if path.name not in names]
+        self.checks += lacking
+        self.checked_again = [(path, data) for path, data in late if path.name in names]
         self.timings = self._all("timing")
         self.hosts = self._all("host")
         self.profiles = self._all("ncu")
@@ -216,6 +220,7 @@ class Run:
         self._run_of = {(data["suite"], data["regime"]): data["run"] for _, data in self.timings}
         self._run_of |= {(data["suite"], None): data["run"] for _, data in self.decodes}
         self._run_of |= {(data["suite"] or MODEL, None): data["run"] for _, data in self.models}
+        self._run_of |= {(data["suite"], NO_REGIME): data["run"] for _, data in lacking}
 
     def _all(self, kind: str) -> list[tuple[Path, dict[str, Any]]]:
         return [(path, record.read(path, kind)) for path in addenda.files(self.raw, kind)]
