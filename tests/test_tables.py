@@ -515,6 +515,29 @@ def test_a_record_that_was_closed_says_so_and_what_it_lost(evidence, monkeypatch
     assert "abcdef012345" in numbers.numbers(evidence)[numbers.macro("controls closed")]
 
 
+def test_a_failed_check_is_named_where_its_numbers_stand(evidence, monkeypatch):
+    assert "Failed, which" not in tables.checks(evidence).note
+    assert "was not timed there" not in tables.of_sustained(evidence)
+    item = {"problem": "grid-d64-full-s512", "subject": "stage5", "reason": "run 449 differs"}
+    failed = {**item, "kind": "check", "suite": "grid", "regime": None, "status": "failed"}
+    lost = {**item, "kind": "timing", "suite": "grid", "regime": "sustained", "status": "left out"}
+    monkeypatch.setitem(evidence.provenance, "excluded", [failed, lost])
+    assert "stage 5 on grid-d64-full-s512 (run 449 differs)" in tables.checks(evidence).note
+    assert "not timed there on grid-d64-full-s512" in tables.of_sustained(evidence)
+    assert "run 449 differs" in numbers.numbers(evidence)[numbers.macro("failed checks")]
+    monkeypatch.setitem(evidence.provenance, "excluded", [{**lost, "regime": "spaced"}])
+    assert "was not timed there" not in tables.of_sustained(evidence)
+
+
+def test_a_problem_without_a_ratio_is_not_conclusive(evidence, monkeypatch):
+    agreed, every = evidence.agreed("grid", "spaced")
+    gone = "grid-d128-full-s4096"
+    assert evidence.conclusive("grid", gone)
+    kept = {k: v for k, v in evidence._speedups.items() if k[1:3] != (gone, evidence.top)}
+    monkeypatch.setattr(evidence, "_speedups", kept)
+    assert evidence.agreed("grid", "spaced") == (agreed - 1, every)
+
+
 @pytest.fixture
 def changed(evidence, monkeypatch):
     """Writes a value of the metrics for one test: suite, problem, subject, metric, regime, value;

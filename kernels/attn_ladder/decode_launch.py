@@ -27,7 +27,6 @@ from attn_ladder.decode_hopper import (
     source,
 )
 
-TARGET_SPLITS = 256  # of a sequence in all key heads, at most: two for each of 132 SMs
 MAX_HEADS_K = 128
 
 
@@ -83,7 +82,7 @@ def build(
 def split_policy(nheads_k: int, capacity: int, config: Config) -> tuple[int, int]:
     """(most splits of a sequence, splits of one as long as the capacity at most)."""
     max_splits = 1
-    while 2 * max_splits * nheads_k <= TARGET_SPLITS:
+    while 2 * max_splits * nheads_k <= decode.TARGET_CTAS:
         max_splits *= 2
     return max_splits, max(1, min(max_splits, triton.cdiv(capacity, config.min_split)))
 

@@ -430,7 +430,7 @@ def attention_with_kvcache(
 
     Returns: out like q, contiguous; with `return_lse` also lse (batch, nheads, seqlen_q), fp32,
         natural logarithm, -inf where no key is seen. A sequence's result does not depend on the
-        batch, bit for bit (the split policy of `attn_ladder.decode`).
+        batch, bit for bit (the split policy of the kernel that runs).
 
     Raises: `ValueError` for wrong input, `NotImplementedError` for valid, unsupported input.
     """
@@ -538,11 +538,8 @@ def _route(q, k, v, longest, mode, integers, run, new=(), block_table=None) -> R
             copies[name] = f"it is on {x.device}, the kernel reads it on {q.device}"
         elif x is not None and not x.is_contiguous():
             copies[name] = f"its strides are {x.stride()}"
-    subject, why, config = (
-        "decode",
-        WHY,
-        kernels.plan(longest, q.shape[-2], k.shape[-2], q.shape[-1]),
-    )
+    subject, why = "decode", WHY
+    config: Any = kernels.plan(longest, q.shape[-2], k.shape[-2], q.shape[-1])
     if q.device.type == "cuda":
         table = None if block_table is None else block_table.contiguous()  # as the call does
         refusal = _why_not_hopper(q, k, v, mode=mode, block_table=table)
