@@ -91,6 +91,7 @@ def faults(report, config):
     if report.shared > offline.SHARED_LIMIT:
         found.append(f"{report.shared} bytes of shared memory")
     found += offline.serialized(report.notes)
+    found += [f"{line} in an mbarrier" for line in offline.barrier_reuse(report.ptx)]
     loops = hot_loops(report.sass)
     if len(loops) != config["consumers"]:
         found.append(f"{len(loops)} hot loops")

@@ -196,6 +196,39 @@ def instructions(sass: str) -> list[tuple[str, str]]:
             listing.append((match.group(1), match.group(2).strip()))
     return listing
 
+_ADDRESS = re.compile(r"\[\s*([%\w]+)\s*(?:\+\s*(\d+))?\s*\]")
+
+
+def barrier_reuse(ptx: str) -> list[str]:
+    """Loads and stores of shared memory that begin in the words of an mbarrier.
+
+    Triton gives the memory of barriers that nothing uses any more to other data, but without
+    `mbarrier.inval` that is undefined: where the GPU was switched to another process between such
+    a store and the load, the load returned the barrier's first words.
+    """
+    place = {"global_smem": 0}  # of a register, as far as it is known: constants added to it
+
+    def value(operand: str) -> int:
+        return int(operand) if operand.isdecimal() else place.get(operand, 0)
+
+    words: set[int] = set()
+    found: list[tuple[int, str]] = []
+    text = re.sub(r"//[^\n]*", "", ptx)
+    for statement in re.split(r"[;{}]\s", text):
+        line = " ".join(statement.split())
+        if move := re.search(r"\bmov\.[bu]32 (%\w+), (global_smem|%\w+)$", line):
+            place[move[1]] = value(move[2])
+        elif add := re.search(r"\badd\.s32 (%\w+), (%\w+), (%?\w+)$", line):
+            place[add[1]] = value(add[2]) + value(add[3])
+        elif address := _ADDRESS.search(line):
+            first = place.get(address[1], 0) + int(address[2] or 0)
+            if "mbarrier.init" in line:
+                words.update(range(first, first + 8))
+            elif re.search(r"\b(ld|st)\.(volatile\.)?shared|\b(ld|st)matrix", line):
+                if "shared.b8 " not in line:  # a warp's partition, counted from its number
+                    found.append((first, line))
+    return [line for first, line in found if first in words]
+
 
 def inner_loops(sass: str) -> list[list[tuple[str, str]]]:
     """Bodies of the innermost loops, each from a label to the branch back to it."""

@@ -352,7 +352,8 @@ def attention_kernel(
     tiles_smem = tile_list(cfg)
     rings = (q_ring, k_ring, v_ring)
     redo_buffers = (redo_smem, barriers(CONSUMERS, 1))
-    tiles = (tiles_smem, barriers(8, 1))
+    # only where they are used: without a use, other data would share the memory of these barriers
+    tiles = (tiles_smem, barriers(8, 1) if cfg.schedule == "dynamic" else tiles_smem)
     redo_descs = (q_desc, k_redo_desc, v_redo_desc)
     load = ((q_desc, k_desc, v_desc), rings, tiles, counter_ptr, shape)
     softmax = (redo_descs, rings, redo_buffers, tiles, out, shape, qk_scale)
