@@ -63,7 +63,7 @@ def test_smoke_is_valid_and_small():
     config = merged(DEFAULT, SMOKE)
     selection = validate(config, ROOT)
     assert set(selection.problems) == {"smoke", "smoke_decode"}
-    assert raw_files(config)[-2:] == ["serving/smoke_decode.json", "serving/model.json"]
+    assert raw_files(config)[-1] == "serving/smoke_decode.json"
     assert "timing/smoke.sustained.json" in raw_files(config)
 
 
@@ -96,8 +96,12 @@ def test_serving_can_be_measured_alone():
     alone = {"check": [], "time": {"spaced": [], "sustained": []}, "host": [], "profile": []}
     config = changed(suites={**alone, "serving": ["decode"]})
     assert "decode" in validate(config, ROOT).problems
-    assert raw_files(config) == ["device.json", "serving/decode.json", "serving/model.json"]
-    assert "selects nothing" in error_of(changed(suites={**alone, "serving": []}))
+    assert raw_files(config) == ["device.json", "serving/decode.json"]
+    none = {**alone, "serving": []}
+    assert "selects nothing" in error_of(changed(suites=none))
+    model = changed(suites=none, model="README.md")
+    assert validate(model, ROOT).problems == {}
+    assert raw_files(model) == ["device.json", "serving/model.json"]
 
 
 def test_raw_files_of_a_run():

@@ -518,13 +518,16 @@ def test_a_run_with_serving_is_promoted_and_one_without_its_file_is_not(maker, t
         "check": [], "time": {"spaced": [], "sustained": []}, "host": [], "profile": [],
         "serving": ["smoke_decode"],
     }  # fmt: skip
-    (maker.folder / "config.json").write_text(json.dumps({"suites": suites}))
+    config = maker.folder / "config.json"
+    config.write_text(json.dumps({"suites": suites, "model": "small.gguf"}))
     target, _ = promote.promote(maker.folder, tmp_path / "measurements" / "one")
     held = sorted(p.name for p in (target / "serving").iterdir())
     assert held == ["model.json", "smoke_decode.json"]
     (maker.folder / "serving" / "model.json").unlink()
     with pytest.raises(promote.NotPromoted, match="serving/model.json: no such file"):
         promote.promote(maker.folder, tmp_path / "measurements" / "two")
+    config.write_text(json.dumps({"suites": suites, "model": None}))
+    assert promote.promote(maker.folder, tmp_path / "measurements" / "three")
 
 
 def claims(maker, tmp_path, change=None):

@@ -74,6 +74,11 @@ def serving_suites(config: Config) -> list[str]:
     return list(config["suites"].get("serving", []))
 
 
+def serving_parts(config: Config) -> list[str]:
+    """What is measured of serving: suites of decoding, and the model if one is named."""
+    return serving_suites(config) + ([MODEL] if config.get("model") else [])
+
+
 def raw_files(config: Config) -> list[str]:
     """The files of a complete run, relative to its folder."""
     chosen = suites(config)
@@ -83,9 +88,7 @@ def raw_files(config: Config) -> list[str]:
         files += [f"timing/{suite}.{regime}.json" for suite in chosen[f"time.{regime}"]]
     files += [f"host/{suite}.json" for suite in chosen["host"]]
     files += [f"ncu/{suite}.json" for suite in chosen["profile"]]
-    serving = serving_suites(config)
-    files += [f"serving/{suite}.json" for suite in (*serving, MODEL) if serving]
-    return files
+    return files + [f"serving/{part}.json" for part in serving_parts(config)]
 
 
 def _closest(word: str, known: Iterable[str]) -> str:
@@ -215,10 +218,10 @@ def validate(config: Config, root: Path) -> Selection:
                 " only suites.serving measures it"
             )
     for step in ("check", "time.spaced"):
-        if not suites(config)[step] and not serving_suites(config):
+        if not suites(config)[step] and not serving_parts(config):
             raise ConfigError(
                 f"config: suites.{step}=[] selects nothing; name at least one, or a suite of"
-                " suites.serving alone"
+                " suites.serving or a model alone"
             )
     checked = {problem.id for suite in config["suites"]["check"] for problem in chosen[suite]}
     for step, names in suites(config).items():
