@@ -153,6 +153,17 @@ class Evidence:
         agreed = sum(v for p, v in found.items() if p in measured or not measured)
         return int(agreed), len(self.suite(suite)) if found else 0
 
+    def identical_runs(self, subject: str) -> tuple[float, int] | None:
+        """The fewest runs of a subject in a row that gave the same bits, and on how many problems
+        that was tried."""
+        runs = [
+            (value.value, problem)
+            for suite in ("grid", "gate", "variant")  # a problem can be in several
+            for (problem, name), value in self.all_of(suite, "identical_runs").items()
+            if name == subject
+        ]
+        return (min(runs)[0], len({problem for _, problem in runs})) if runs else None
+
     def attempts(self, suite: str, regime: str) -> str:
         """How often the problems of a suite were measured in a regime: `1`, or `1 to 3`; empty
         where it was not."""
@@ -276,7 +287,8 @@ class Evidence:
         board = "the same board" if same else "another board of this model"
         said = f" {file} is from run {run['run']}, of {board} (commit {run['commit'][:12]})."
         if file in run["replaced"]:
-            said += f" It takes the place of that of run {self.provenance['run']}, interrupted."
+            said += f" It takes the place of that of run {self.provenance['run']}, which was"
+            said += " interrupted, or of a kernel that has changed since."
         return said
 
     def measuring(self, file: str) -> Mapping[str, float]:

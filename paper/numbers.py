@@ -200,6 +200,10 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         for name, word in ((MEDIAN, "median"), (MINIMUM, "least")):
             ratio = evidence.speedup("grid256", name, top, peer)
             put(with_interval(ratio, 3), "top over", peer, "wide", word)
+    found |= _left(evidence)
+    runs = evidence.identical_runs(top)
+    put(text(runs and Value(runs[0]), 0), "top identical runs")
+    put(str(runs[1]) if runs else MISSING, "top identical problems")
     for name in known_of("stage", "peer"):
         put(text(evidence.metric("gate", GATE, name, "tflops", "spaced"), 0), name, "gate tflops")
         put(with_interval(evidence.speedup("gate", GATE, name, "fa3"), 3), name, "gate ratio")
@@ -270,6 +274,31 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         put(f"{100 * target:.0f}", "prediction target percent")
     put(evidence.prediction_status, "prediction status")
     return found | _in_use(evidence)
+
+
+def _left(evidence: Evidence) -> dict[str, str]:
+    """The macros of problems that leave the top stage little to gain, or on which it gains least,
+    without a mask and with one."""
+    found: dict[str, str] = {}
+    top, counted = evidence.top, evidence.counter_suite()
+    for causal, mask in ((False, "full"), (True, "causal")):
+        problem = f"grid-d128-{mask}-s8192"
+        ratio = evidence.speedup("grid", problem, top, REFERENCE_PEER)
+        found[macro("long", mask, "over", REFERENCE_PEER)] = with_interval(ratio, 2)
+        for metric in ("tensor_pipe", "idle_sm_cycles"):
+            share = evidence.metric(counted, problem, top, metric)
+            found[macro("long", mask, metric)] = text(share, 1)
+        ratios = [
+            ratio.value
+            for p in evidence.suite("grid256")
+            if p.causal == causal and evidence.conclusive("grid256", p.id)
+            if (ratio := evidence.speedup("grid256", p.id, top, REFERENCE_PEER))
+        ]
+        middle = Value(median(ratios)) if ratios else None
+        found[macro("wide", mask, "over", REFERENCE_PEER)] = text(middle, 2)
+    ratio = evidence.speedup("grid", "grid-d128-full-s512", top, REFERENCE_PEER)
+    found[macro("short full over", REFERENCE_PEER)] = with_interval(ratio, 2)
+    return found
 
 
 def _in_use(evidence: Evidence) -> dict[str, str]:

@@ -1201,15 +1201,9 @@ def checks(evidence: Evidence) -> Table:
                 bound = evidence.metric(suite, problem.id, name, "bound")
                 if error and bound and bound.value:
                     worst = max(worst, error.value / bound.value)
-        runs = [
-            (value.value, problem)
-            for suite in ("grid", "gate", "variant")  # a problem can be in several
-            for (problem, subject), value in evidence.all_of(suite, "identical_runs").items()
-            if subject == name
-        ]
-        identical = len({problem for _, problem in runs})
+        runs = evidence.identical_runs(name)
         cells.append(f"{worst:.2f}" if worst else "–")
-        cells.append(f"{min(runs)[0]:.0f} on {identical}" if runs else "–")
+        cells.append(f"{runs[0]:.0f} on {runs[1]}" if runs else "–")
         rows.append([label(name), *cells])
     return Table(
         ["", *(s.replace("_", " ") for s in suites), "worst error / bound", "identical runs"],

@@ -165,7 +165,15 @@ def test_what_was_interrupted_is_replaced(runs, recorded):
     synthetic.derive(recorded, recorded.parent / "results")
     evidence = load(recorded.parent / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
     said = evidence.added("timing/smoke.sustained.json")
-    assert "takes the place of that of run synthetic, interrupted" in said
+    assert "takes the place of that of run synthetic, which was interrupted, or of a" in said
+
+
+def test_what_was_recorded_of_another_kernel_is_replaced(runs, recorded):
+    target = recorded / "timing" / "smoke.sustained.json"
+    shutil.copy(runs / "later" / "timing" / "smoke.sustained.json", target)
+    edited(target, lambda data: data["subjects"]["stage5"].update(kernel_hash="0" * 16))
+    addenda.add(runs / "later", recorded)
+    assert addenda.files(recorded, "timing")[-1].is_relative_to(recorded / "addenda")
 
 
 def test_a_file_is_in_one_addendum(runs, recorded):

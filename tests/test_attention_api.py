@@ -212,3 +212,15 @@ def test_a_copy_is_not_remembered_for_an_aligned_address(gpu):
     dispatch.attention(odd, odd, odd)
     dispatch.attention(even, even, even)
     assert calls[0][1] is not odd and calls[1][1] is even
+
+
+def test_the_slow_part_of_a_first_call_begins_with_the_import():
+    code = (
+        "import threading, time\n"
+        "from attn_ladder import attention\n"
+        "[t.join() for t in threading.enumerate() if t.name == 'triton_key']\n"
+        "from triton.runtime.cache import triton_key\n"
+        "print(triton_key.cache_info().currsize)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"

@@ -97,7 +97,7 @@ def compile_hopper(
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from attn_ladder import decode_hopper, decode_launch
-    from attn_ladder.offline import assemble, read_ptxas
+    from attn_ladder.offline import assemble, barrier_reuse, read_ptxas
 
     config = decode_launch.choose_config(headdim)
     cfg = decode_launch.build(config, headdim, page, ranged, indexed, batch, rows)
@@ -120,6 +120,7 @@ def compile_hopper(
         "threads": 32 * compiled.metadata.num_warps,
         "moved": sorted({f"{way} {number}" for way, number in moved}),
         "loads": 2 * cfg.parts * cfg.boxes,  # boxes of K and V of a block
+        "reused": barrier_reuse(compiled.asm["ptx"]),
         "sass": sass,
     }
 
@@ -194,6 +195,7 @@ def faults(report: dict) -> list[str]:
         found.append(f"{report['registers']} registers of {report['threads']} threads")
     if 2 * (report["shared"] + 1024) > SHARED_OF_AN_SM:
         found.append(f"{report['shared']} bytes of shared memory")
+    found += [f"{line} in an mbarrier" for line in report["reused"]]
     if not {"dec 216", "inc 40"} <= set(report["moved"]):  # consumer and producer
         found.append(f"registers moved: {', '.join(report['moved'])}")
     return found

@@ -21,6 +21,7 @@ import pytest
 from attn_ladder.offline import (
     SHARED_LIMIT,
     assemble,
+    barrier_reuse,
     between,
     descriptor,
     inner_loops,
@@ -86,6 +87,7 @@ def compile_case(module: str, headdim: int, dtype: str, causal: bool, changes: d
         "registers": registers,
         "spill_bytes": spill_bytes,
         "notes": notes,
+        "reuse": barrier_reuse(compiled.asm["ptx"]),
         "shared": compiled.metadata.shared,
         "threads": 32 * compiled.metadata.num_warps,
         "loops": loops,
@@ -166,6 +168,13 @@ def test_no_barrier_of_the_whole_cta_in_a_loop(module: str) -> None:
         assert len(report["loops"]) == 2, case  # one of each warpgroup
         for loop in report["loops"]:
             assert barriers(loop, report["threads"])[0] == 0, case
+
+
+@pytest.mark.parametrize("module", GLUON)
+def test_no_data_in_the_memory_of_a_barrier(module: str) -> None:
+    """The tests of stage 5 show that it is seen."""
+    for case, report in shipped(module).items():
+        assert report["reuse"] == [], case
 
 
 def test_stage1_meets_twice_per_key_tile() -> None:

@@ -6,9 +6,11 @@ serialized, or with the softmax after the wait for the product it should hide.
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,7 @@ configs = {
 configs = {replace(config, l2_bytes=0) for config in configs}  # the kernel does not know it
 print(json.dumps(sorted((asdict(config) for config in configs), key=str)))
 """
+ONLY_WHERE_USED = 'barriers(8, 1) if cfg.schedule == "dynamic" else tiles_smem'
 
 
 def name(case):
@@ -171,6 +174,24 @@ def test_serialized_products_are_seen(good):
     report, config = good
     note = "(C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized"
     assert faults(change(report, notes=(*report.notes, note)), config) == [note]
+
+
+@pytest.mark.parametrize("schedule", ["static", "pairs"])
+def test_data_in_the_memory_of_barriers_that_nothing_uses_is_seen(tmp_path, monkeypatch, schedule):
+    """With the counter's barriers in an order without a counter, the flags are reduced in them."""
+    package = tmp_path / "attn_ladder"
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(offline.__file__).parent, package, ignore=skip)
+    stage = package / "stage5_everything.py"
+    text = stage.read_text()
+    assert text.count(ONLY_WHERE_USED) == 1
+    stage.write_text(text.replace(ONLY_WHERE_USED, "barriers(8, 1)"))
+    monkeypatch.setattr(offline, "__file__", str(package / "offline.py"))  # what the child imports
+    dtype, config = next(c for c in CASES if c[1]["schedule"] == schedule)
+    found = faults(offline.report(FACTORY, {"dtype": dtype, **config}), config)
+    assert found and all(fault.endswith("in an mbarrier") for fault in found)
+    for access in ("st.shared", "ld.shared"):
+        assert any(access in fault for fault in found)
 
 
 def test_softmax_after_the_wait_or_within_the_turn_is_seen(good):

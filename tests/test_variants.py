@@ -13,6 +13,7 @@ import torch
 from attn_ladder import stage5_everything
 from attn_ladder.offline import (
     SHARED_LIMIT,
+    barrier_reuse,
     inner_loops,
     instructions,
     overlapped,
@@ -41,7 +42,7 @@ GATE = (None, (16, 2048, 16, 64), (16, 2048, 16, 64), True, 132)
 def hot_loop(kernel: str) -> Counter:
     """Instructions of the longest loop with products, at headdim 128, full."""
     compiled = report(kernel, {"headdim": 128, "causal": False})
-    assert compiled.spill_bytes == 0
+    assert compiled.spill_bytes == 0 and not barrier_reuse(compiled.ptx)
     loops = [Counter(name for name, _ in loop) for loop in inner_loops(compiled.sass)]
     return max(loops, key=lambda loop: loop["MUFU.EX2"])
 
@@ -120,7 +121,7 @@ def test_one_thing_differs() -> None:
 def test_a_changed_configuration_spills_nothing(changed: dict) -> None:
     kernel = "attn_ladder.stage5_everything:offline"
     compiled = report(kernel, {"headdim": 128, "causal": True, "q_in_registers": False, **changed})
-    assert compiled.spill_bytes == 0
+    assert compiled.spill_bytes == 0 and not barrier_reuse(compiled.ptx)
     masks = [sum(name.startswith("FSEL") for name, _ in b) for b in inner_loops(compiled.sass)]
     assert (sum(n >= 64 for n in masks) >= 2) is ("mask_all" in changed)
 
@@ -138,7 +139,7 @@ def test_without_a_producer_the_first_warpgroup_loads_under_its_products() -> No
         three = not case["causal"] and case["headdim"] == 64 and case["seqlen"] == 4096
         warpgroups = 3 if three else 2
         assert compiled.spill_bytes == 0 and not serialized(compiled.notes), case
-        assert compiled.shared <= SHARED_LIMIT, case
+        assert compiled.shared <= SHARED_LIMIT and not barrier_reuse(compiled.ptx), case
         loops = [loop for loop in inner_loops(compiled.sass) if overlapped(loop)]
         assert [overlapped(loop) for loop in loops] == [64] * warpgroups, case
         copies = [sum(name.startswith("UTMALDG") for name, _ in loop) for loop in loops]
@@ -206,6 +207,7 @@ def test_a_dose_of_barriers_and_of_loads_is_in_the_machine_code() -> None:
     assert all(found == sorted(found) and found[0] == 0 for found in doses.values())
     for name, what in (("sync", "BAR.SYNC"), ("memory", "LDG.E.STRONG.SYS")):
         none, *dosed = reports(DOSED, [{name: dose} for dose in doses[name]])
+        assert not any(barrier_reuse(compiled.ptx) for compiled in (none, *dosed))
         (least,) = planted([none], what)
         assert [n - least for n in planted(dosed, what)] == doses[name][1:]
 

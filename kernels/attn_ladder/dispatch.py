@@ -6,6 +6,7 @@ What depends only on shapes, strides, dtypes and devices is decided once (`route
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,12 @@ import torch
 from attn_ladder.problem import Problem
 
 with suppress(ImportError):  # here, and not in the first call; `route` says why it cannot be used
+    from triton.runtime.cache import triton_key
+
     import attn_ladder.stage5_everything  # noqa: F401
+
+    # Triton hashes its own library before it looks into its cache, once, which takes 0.3 s
+    threading.Thread(target=triton_key, name="triton_key", daemon=True).start()
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEADDIM = 256

@@ -196,6 +196,7 @@ def instructions(sass: str) -> list[tuple[str, str]]:
             listing.append((match.group(1), match.group(2).strip()))
     return listing
 
+
 _ADDRESS = re.compile(r"\[\s*([%\w]+)\s*(?:\+\s*(\d+))?\s*\]")
 
 

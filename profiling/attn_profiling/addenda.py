@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_profiling.promote import LIMIT_BYTES, NotPromoted, complete, copied
-from attn_profiling.record import Record, read
+from attn_profiling.record import Record, read, stale
 
 FOLDER = "addenda"
 KINDS = ("timing", "serving")
@@ -27,7 +27,7 @@ def runs(raw: Path) -> list[Path]:
 
 def files(raw: Path, kind: str) -> list[Path]:
     """The records of a kind, by name: those of the run in `raw` and of its addenda, which take the
-    place of one that was interrupted there."""
+    place of one that was interrupted there, or whose kernel has changed since."""
     found = {path.name: path for path in (raw / kind).glob("*.json")}
     for run in runs(raw) if kind in KINDS else ():
         found |= {path.name: path for path in (run / kind).glob("*.json")}
@@ -48,8 +48,8 @@ def add(run_dir: Path, recorded: Path | None = None) -> Path:
     """Copy a complete run to the addenda of the recorded run of its device.
 
     Raises `NotPromoted` and changes nothing if the run is incomplete, has other steps than checks,
-    timings and serving, repeats what was recorded whole, or is of another machine or configuration
-    (but for how bursts are made) than the recorded run.
+    timings and serving, repeats what was recorded whole and still stands, or is of another machine
+    or configuration (but for how bursts are made) than the recorded run.
     """
     records = complete(run_dir)
     device = records["device.json"]
@@ -67,7 +67,7 @@ def add(run_dir: Path, recorded: Path | None = None) -> Path:
         for name, path in _held(recorded).items()
         if name in records
         and not path.is_relative_to(target)
-        and "closed" not in json.loads(path.read_text())["provenance"]
+        and _stands(json.loads(path.read_text()))
     ]
     here, there = (_machine(d) for d in (device, read(recorded / "device.json", "device")))
     wrong += [
@@ -86,6 +86,13 @@ def add(run_dir: Path, recorded: Path | None = None) -> Path:
         )
     copied(run_dir, ["config.json", *records], target)
     return target
+
+
+def _stands(record: Record) -> bool:
+    """Whether a record is whole, of kernels that are still the ones that are here."""
+    return "closed" not in record["provenance"] and not any(
+        stale(record, subject) for subject in record["subjects"]
+    )
 
 
 def _held(recorded: Path) -> dict[str, Path]:
