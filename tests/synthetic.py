@@ -212,6 +212,7 @@ class Maker:
                         "status": "ok" if runs else "unsupported",
                         "message": None if runs else f"no {problem.dtype} kernels",
                         "heads": None,
+                        "strided": name.startswith("stage") if runs else None,
                         "seconds": 0.1,
                         "max_error": 0.002 if runs else None,
                         "reference_error": 0.0021 if runs else None,

@@ -14,7 +14,7 @@ from attn_ladder.problem import Problem, read_problems
 from attn_profiling import check, record, workers
 from attn_profiling.check import NotChecked, check_subject, gate, sampled_heads
 from attn_profiling.elsewhere import CALLS, REPLAYS, CannotCapture, in_graph, on_streams
-from attn_profiling.inputs import draw
+from attn_profiling.inputs import draw, strided
 from attn_profiling.workers import Worker, WorkerDied
 
 LARGE = Problem(
@@ -23,9 +23,9 @@ LARGE = Problem(
 )  # fmt: skip
 
 
-def verdict(forward, problem=SMALL):
+def verdict(forward, problem=SMALL, views=False):
     with torch.inference_mode():
-        return check_subject(torch, problem, forward, 3, "cpu")
+        return check_subject(torch, problem, forward, 3, "cpu", views)
 
 
 def test_a_right_subject_passes():
@@ -88,6 +88,25 @@ def test_inputs_remembered_from_the_first_call_are_found():
 
     message = verdict(remembering).message
     assert message.startswith("on inputs at other addresses: error")
+
+
+def test_strides_that_are_ignored_are_found():
+    def packed(q, k, v, **kwargs):
+        as_if = (torch.as_strided(x, x.shape, torch.empty(x.shape).stride()) for x in (q, k, v))
+        return right(*as_if, **kwargs)
+
+    assert verdict(packed).message is None
+    assert verdict(packed, views=True).message.startswith("on inputs with other strides: ")
+    assert verdict(right, views=True).message is None
+
+
+def test_the_views_of_a_check_have_nan_around_them():
+    inputs = draw(torch, SMALL, 0, "cpu")
+    for x, view in zip(inputs, strided(torch, inputs), strict=True):
+        assert torch.equal(x, view) and not view.is_contiguous() and view.stride(3) == 1
+        assert all(step * x.element_size() % 16 == 0 for step in view.stride()[:3])
+        room = torch.as_strided(view, (view.stride(0) * x.shape[0],), (1,))
+        assert int(room.isnan().sum()) == room.numel() - x.numel() > 0
 
 
 def test_changed_inputs_are_found():

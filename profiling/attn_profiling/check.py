@@ -3,8 +3,9 @@
 The rule is that of FA3's own tests: the error against an fp32 reference may be at most twice that
 of PyTorch in the input's precision, plus a rounding term. Each subject is called three times on
 fresh random inputs, into memory full of NaN: on one set, on new values in the same buffers, and on
-the first values at other addresses. So an output that is unwritten, kept from the call before, or
-computed from inputs seen earlier is found.
+the first values at other addresses (for what is made here, views with other strides and NaN around
+them). So an output that is unwritten, kept from the call before, or computed from inputs seen
+earlier is found.
 
 On the problems of REPEATED a stage also runs REPEATS times on the same inputs, and all runs must
 give the same bits. So must calls on two streams in turn and replays of a CUDA graph (`elsewhere`).
@@ -30,7 +31,7 @@ from attn_ladder.problem import Problem
 from attn_ladder.stage import subject as known_subject
 from attn_profiling.elsewhere import CannotCapture, bits, in_graph, on_streams
 from attn_profiling.guard import Guard, poison_recycled, poisoned
-from attn_profiling.inputs import Tensors, draw, grown
+from attn_profiling.inputs import Tensors, draw, grown, strided
 from attn_profiling.machine import Machine
 from attn_profiling.record import (
     Record,
@@ -218,11 +219,12 @@ Forward = Callable[..., tuple[Any, Any]]
 
 
 def check_subject(
-    torch: Any, problem: Problem, forward: Forward, seed: int, device: str
+    torch: Any, problem: Problem, forward: Forward, seed: int, device: str, views: bool = False
 ) -> Verdict:
     """Call a subject four times on fresh inputs and judge each; the first fault is told.
 
-    The inputs of the last call make scores grow along a row, which trips guarded fast paths.
+    With `views` those of the third call are not contiguous. The inputs of the last call make scores
+    grow along a row, which trips guarded fast paths.
     """
     heads = sampled_heads(problem, seed)
     first = draw(torch, problem, seed, device)
@@ -242,7 +244,11 @@ def check_subject(
         )
         verdict = _worse(verdict, again)
     if verdict.message is None:
-        moved = _call(torch, problem, forward, first, before, "on inputs at other addresses: ")
+        if views:
+            first, when = strided(torch, first), "on inputs with other strides: "
+        else:
+            when = "on inputs at other addresses: "
+        moved = _call(torch, problem, forward, first, before, when)
         verdict = _worse(verdict, moved)
     if verdict.message is None:
         large = grown(second)
@@ -382,6 +388,7 @@ def result(
     seconds: float | None = None,
     identical_runs: int | None = None,
     other: Elsewhere = NOWHERE,
+    views: bool = False,
 ) -> dict[str, Any]:
     """One row of a check record. A number that is not finite stands as null."""
 
@@ -401,6 +408,7 @@ def result(
         "unit_error": number(verdict.unit_error) if verdict else None,
         "allclose": verdict.allclose if verdict else None,
         "heads": [list(pair) for pair in heads] if heads else None,
+        "strided": views if verdict else None,
         "identical_runs": identical_runs,
         "streams": other.streams,
         "graph": other.graph,
@@ -426,9 +434,11 @@ def work() -> None:
             reporter.send(result=result(problem, subject, "error", explain(error)))
         return
 
+    views = known_subject(subject).kind in ("stage", "variant")
+
     def judged(problem: Problem) -> Verdict:
         with torch.inference_mode():
-            return check_subject(torch, problem, module.forward, seed, "cuda")
+            return check_subject(torch, problem, module.forward, seed, "cuda", views)
 
     def runs(problem: Problem) -> int:
         with torch.inference_mode():
@@ -481,7 +491,7 @@ def work() -> None:
         seconds = round(time.perf_counter() - started, 3)
         reporter.send(
             result=result(
-                problem, subject, status, message, verdict, heads, seconds, identical, other
+                problem, subject, status, message, verdict, heads, seconds, identical, other, views
             )
         )
         if fatal:

@@ -457,7 +457,7 @@ class Tidier:
                     self.metric(suite, problem, subject, NO_REGIME, "correct", "1", value=right)
                 for name in (
                     "max_error", "reference_error", "bound", "lse_error", "unit_error", "allclose",
-                    "identical_runs", "streams", "graph",
+                    "strided", "identical_runs", "streams", "graph",
                 ):  # fmt: skip
                     value = result.get(name)
                     if value is not None and name in ("identical_runs", "streams", "graph"):
