@@ -12,7 +12,16 @@ from typing import Any
 from attn_ladder import stage
 from attn_ladder.problem import Problem, read_problems
 from attn_profiling import device, metrics, model, predict, verdict
-from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, NO_REGIME, REFERENCE_PEER, SHORTEST
+from attn_profiling.host_pairs import HOST_PAIRS
+from attn_profiling.tidy import (
+    BEST,
+    MEDIAN,
+    MINIMUM,
+    NO_REGIME,
+    REFERENCE_PEER,
+    SHORTEST,
+    agree,
+)
 
 __all__ = [
     "BEST",
@@ -33,6 +42,15 @@ __all__ = [
 
 PROFILE = "profile"
 """The suite whose counters stand in where a run has none of the grid or of the gate."""
+REPLACED = {
+    "interrupted": ", which was interrupted",
+    "kernel changed": ", of a kernel that has changed since",
+    "problem changed": ", of a problem that has changed since",
+    "A/A off": ", whose A/A pairs were off",
+}
+"""What is said of a record that another takes the place of, by `addenda.fault`."""
+SHARES = ("launch_share", "launch_share_graph")
+"""Percents that are differences of two times, whose noise can lie outside 0 to 100."""
 SHORT = {"fa3": "FA3", "fa4": "FA4", "fa2": "FA2", "cudnn": "cuDNN"}
 
 
@@ -43,6 +61,11 @@ class Value:
     value: float
     low: float | None = None
     high: float | None = None
+
+
+def within(metric: str, value: float) -> float:
+    """A value as it is printed: a share is cut at 0 and 100."""
+    return min(100.0, max(0.0, value)) if metric in SHARES else value
 
 
 def known_of(*kinds: str) -> list[str]:
@@ -104,7 +127,13 @@ class Evidence:
         if found is None:
             return None
         value = found.get("median", found.get("value"))
-        return None if value is None else Value(value, found.get("ci_low"), found.get("ci_high"))
+        if value is None:
+            return None
+        low, high = (
+            None if end is None else within(metric, end)
+            for end in (found.get("ci_low"), found.get("ci_high"))
+        )
+        return Value(within(metric, value), low, high)
 
     def all_of(
         self, suite: str, metric: str, only: str | None = None
@@ -137,6 +166,12 @@ class Evidence:
         ]
         return all(found)
 
+    def host_agrees(self, suite: str, problem: str, metric: str) -> bool:
+        """Whether the A/A pairs of the host times that a metric is made of agreed on a problem."""
+        names = [f"aa_{kind}" for kind in HOST_PAIRS[metric]]
+        found = {name: self.metric(suite, problem, REFERENCE_PEER, name) for name in names}
+        return agree({name: v.value for name, v in found.items() if v is not None}, metric)
+
     def agreed(self, suite: str, regime: str) -> tuple[int, int]:
         """On how many problems of a suite the A/A pair agreed in a regime and the top stage was
         measured, and of how many; 0 of 0 where none was measured."""
@@ -163,6 +198,10 @@ class Evidence:
             if name == subject
         ]
         return (min(runs)[0], len({problem for _, problem in runs})) if runs else None
+
+    def was_measured(self, suite: str, regime: str) -> bool:
+        """Whether a suite was timed in a regime."""
+        return bool(self.all_of(suite, "gpu_us", regime))
 
     def attempts(self, suite: str, regime: str) -> str:
         """How often the problems of a suite were measured in a regime: `1`, or `1 to 3`; empty
@@ -287,8 +326,8 @@ class Evidence:
         board = "the same board" if same else "another board of this model"
         said = f" {file} is from run {run['run']}, of {board} (commit {run['commit'][:12]})."
         if file in run["replaced"]:
-            said += f" It takes the place of that of run {self.provenance['run']}, which was"
-            said += " interrupted, or of a kernel that has changed since."
+            why = REPLACED.get(run["replaced_why"][file], "")
+            said += f" It takes the place of that of run {self.provenance['run']}{why}."
         return said
 
     def measuring(self, file: str) -> Mapping[str, float]:
@@ -300,22 +339,37 @@ class Evidence:
         """The addendum that a record is from."""
         return next((r for r in self.provenance.get("addenda", []) if file in r["files"]), None)
 
-    def roofline(
-        self, suite: str, problem: Problem, subject: str | None, regime: str = "spaced"
-    ) -> model.Roofline | None:
-        """The model's times at the clock measured for a subject, at boost where none was read.
+    def anywhere(
+        self, problem: Problem, subject: str, metric: str, regime: str = NO_REGIME
+    ) -> Value | None:
+        """A metric from the first suite of a problem that has it."""
+        found = (self.metric(s, problem.id, subject, metric, regime) for s in problem.suites)
+        return next((value for value in found if value is not None), None)
 
-        None on a device whose peaks are not known (`device.DEVICES`).
+    def roofline(
+        self, problem: Problem, subject: str, regime: str = "spaced"
+    ) -> model.Roofline | None:
+        """The model's times at the clock of a subject under load.
+
+        That is the one under the profiler, back to back the one of the bursts; where neither was
+        read, the clock before a launch, lowered as `predict` lowers it for the tensor pipe's share
+        of the least time. None on a device whose peaks are not known (`device.DEVICES`).
         """
         known = device.DEVICES.get(self.provenance["device"])
         if known is None:
             return None
-        clock = None
-        if subject:
-            clock = self.metric(suite, problem.id, subject, "clock_mhz", regime)
         copy = self.provenance["ceilings"]["copy_bytes_per_s"]["value"]
-        mhz = clock.value if clock else float(known.boost_clock_mhz)
-        return model.roofline(problem, known, mhz, copy)
+        bursts = self.anywhere(problem, subject, "clock_mhz", regime)
+        loaded = bursts if regime == "sustained" else None
+        loaded = loaded or self.anywhere(problem, subject, "profiled_clock")
+        if loaded is not None:
+            return model.roofline(problem, known, loaded.value, copy)
+        spin = self.anywhere(problem, subject, "spin_clock_mhz", "spaced")
+        before = spin.value if spin else float(known.boost_clock_mhz)
+        least = model.roofline(problem, known, before, copy)
+        share = least.tensor_us / least.overlapped_us
+        lower = predict.CLOCK_UNDER_LOAD.value - predict.CLOCK_PER_TENSOR.value * share
+        return model.roofline(problem, known, before * lower, copy)
 
     def predicted(self, problem: str, subject: str) -> Predicted | None:
         """The committed prediction, which is for the spaced regime."""
@@ -411,7 +465,7 @@ def plain(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
 
 
-def interval(value: Value | None, digits: int = 2) -> str:
+def interval(value: Value | None, digits: int = 3) -> str:
     """A value with its interval as text, `–` where it was not measured."""
     if value is None:
         return "–"

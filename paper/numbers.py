@@ -13,12 +13,14 @@ from typing import Annotated
 
 import typer
 
+from attn_ladder.problem import Problem
 from attn_profiling import predict, tidy_serving
+from attn_profiling.host_pairs import HOST_PAIRS
 from attn_profiling.record import write_text
 from attn_profiling.tidy import BEST, MEDIAN, MINIMUM, REFERENCE_PEER
 from paper import in_use
 from paper.evidence import Evidence, Value, interval, known_of, load, plain
-from paper.tables import GATE, SUSTAINED, escape, judged, of_sustained, over_bf16
+from paper.tables import GATE, SUSTAINED, escape, judged, of_sustained, over_bf16, shape
 
 DIGITS = dict(zip("0123456789", ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven",
                                  "Eight", "Nine"), strict=True))  # fmt: skip
@@ -90,6 +92,80 @@ def agreement(evidence: Evidence, constraint: str) -> str:
     )
 
 
+def _ends(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
+    """The least and the most of some values, as text."""
+    if not values:
+        return MISSING
+    ends = [plain(factor * of(values), digits) for of in (min, max)]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+def _host(evidence: Evidence) -> dict[str, str]:
+    """The macros of what a call costs the host, over the gate problems whose pair agreed."""
+    every = [p.id for p in evidence.suite("gate")]
+    sure = [p for p in every if evidence.host_agrees("gate", p, "host_over_fa3")]
+
+    def costs(subject: str, metric: str) -> dict[str, float]:
+        found = {p: evidence.metric("gate", p, subject, metric) for p in sure}
+        return {p: value.value for p, value in found.items() if value is not None}
+
+    us = {name: costs(name, "eager_host_us") for name in (REFERENCE_PEER, "cudnn", evidence.top)}
+    both = us["cudnn"].keys() & us[evidence.top].keys()
+    found = {
+        macro("host problems"): f"{len(sure)} of the {len(every)}",
+        macro("top host over", REFERENCE_PEER): _ends(
+            list(costs(evidence.top, "host_over_fa3").values()), 3
+        ),
+        macro("top host below cudnn"): str(
+            sum(us[evidence.top][p] < us["cudnn"][p] for p in both) if both else MISSING
+        ),
+    }
+    for name, values in us.items():
+        who = "top" if name == evidence.top else name
+        found[macro(who, "host us")] = _ends(list(values.values()), 0)
+    return found
+
+
+def _claimed(evidence: Evidence, constraint: str, metric: str, suite: str) -> str:
+    """On which problems of a suite FA3 has the share that is claimed of it, and how much."""
+    primary = next(
+        h
+        for h in evidence.constraints.hypotheses
+        if (h.constraint, h.role) == (constraint, "primary")
+    )
+    said, measured = [], 0
+    for p in evidence.suite(suite):
+        share = evidence.metric(suite, p.id, REFERENCE_PEER, metric)
+        if metric in HOST_PAIRS and not evidence.host_agrees(suite, p.id, metric):
+            continue
+        measured += share is not None
+        if share is not None and share.value >= primary.threshold:
+            name = " ".join(shape(p)) if suite != "gate" else f"batch {p.batch}"
+            said.append(rf"{name}: {plain(share.value, 1)}\,\%")
+    sure = " whose A/A pair agrees" if metric in HOST_PAIRS else ""
+    where = f"on {len(said)} of {measured} problems of the {suite}{sure}"
+    return f"{where} ({'; '.join(said)})" if said else where
+
+
+def _replicated(evidence: Evidence) -> str:
+    """Whether another run repeats the ratio of the top stage to FA3 on the grid."""
+    ratio = "the ratio of the top stage to FA3 in the median of the grid"
+    rows = [
+        row
+        for row in evidence.replications
+        if (row["suite"], row["regime"], row["subject"]) == ("grid", "spaced", evidence.top)
+    ]
+    if passed := sorted(row["run"] for row in rows if row["verdict"] == "PASS"):
+        return escape(f"{ratio[0].upper()}{ratio[1:]} is repeated by run {', '.join(passed)}.")
+    told = [
+        f"{row['verdict']} in run {row['run']}, which has {row['fresh']}"
+        + (" of another kernel of that stage" if "kernel has changed" in row["note"] else "")
+        for row in rows
+    ]
+    of_them = f": {'; '.join(told)}" if told else ""
+    return escape(f"No other run repeats {ratio} yet{of_them}.")
+
+
 def _worst(evidence: Evidence, metric: str, regime: str) -> Value | None:
     found = [
         evidence.metric("grid", p.id, "fa3", metric, regime)
@@ -150,12 +226,14 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         for run in provenance.get("addenda", [])
     ), "added runs")  # fmt: skip
     lost = [escape(again) for again in evidence.failed_checks()]
-    put(f"Of the recorded checks these failed: {'; '.join(lost)}." if lost else "", "failed checks")
+    failed = f" Of the recorded checks these failed: {'; '.join(lost)}."
+    put(failed if lost else "", "failed checks")
     put(escape(provenance["started"][:10]), "started")
     for name in ("driver", "cuda", "torch", "triton", "ncu"):
         put(escape(str(content[name] or "absent")), name, "version")
     for name in ("processes", "rounds", "gap_us", "max_attempts", "host_calls",
-                 "sustained_ms", "sustained_bursts", "sustained_preheat_ms"):  # fmt: skip
+                 "flush_l2_factor", "sustained_ms", "sustained_bursts",
+                 "sustained_preheat_ms"):  # fmt: skip
         put(f"{measuring[name]:g}" if name in measuring else MISSING, "measuring", name)
     put(f"{100 * measuring.get('aa_tolerance', 0.01):g}", "measuring tolerance percent")
     put(str(len(evidence.suite("grid"))), "grid problems")
@@ -169,6 +247,7 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         moved = [abs(float(row[column])) for row in again if row[column]]
         worst = Value(100 * max(moved)) if moved else None
         put(text(worst, 2), "replication worst", word, "percent")
+    put(_replicated(evidence), "replicated")
     put(top[-1], "top stage")
     for regime in ("spaced", "sustained"):
         put(_count(evidence, "grid", regime, True), "conclusive", regime)
@@ -200,7 +279,7 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         for name, word in ((MEDIAN, "median"), (MINIMUM, "least")):
             ratio = evidence.speedup("grid256", name, top, peer)
             put(with_interval(ratio, 3), "top over", peer, "wide", word)
-    found |= _left(evidence)
+    found |= _left(evidence) | _half(evidence)
     runs = evidence.identical_runs(top)
     put(text(runs and Value(runs[0]), 0), "top identical runs")
     put(str(runs[1]) if runs else MISSING, "top identical problems")
@@ -231,10 +310,8 @@ def numbers(evidence: Evidence) -> dict[str, str]:
     put(evidence.counter_problems, "counter problems")
     put(escape(evidence.counters), "counter sentence")
     put(str(int(evidence.counter_suite() == "grid")), "grid counted")
-    for metric, digits in (("eager_host_us", 0), ("eager_latency_us", 0), ("graph_latency_us", 0)):
-        for name in ("fa3", "cudnn", top):
-            who = "top" if name == top else name
-            put(with_interval(evidence.metric("gate", GATE, name, metric), digits), who, metric)
+    put(_claimed(evidence, "launch", "launch_share", "gate"), "launch claimed")
+    put(_claimed(evidence, "memory", "stall_memory", evidence.counter_suite()), "memory claimed")
     for name in ("fa3", "stage3", top):
         who = "top" if name == top else name
         for metric in ("launch_share", "launch_share_graph"):
@@ -273,21 +350,19 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         put(text(percent, 1, r"\,\%"), name, "repetition off")
         put(f"{100 * target:.0f}", "prediction target percent")
     put(evidence.prediction_status, "prediction status")
-    return found | _in_use(evidence)
+    return found | _host(evidence) | _in_use(evidence)
 
 
 def _left(evidence: Evidence) -> dict[str, str]:
     """The macros of problems that leave the top stage little to gain, or on which it gains least,
     without a mask and with one."""
     found: dict[str, str] = {}
-    top, counted = evidence.top, evidence.counter_suite()
+    top = evidence.top
+    for length, seqlen in (("long", 8192), ("short", 512)):
+        for mask in ("full", "causal"):
+            problem = evidence.problems[f"grid-d128-{mask}-s{seqlen}"]
+            found |= _counters(evidence, problem, f"{length} {mask}")
     for causal, mask in ((False, "full"), (True, "causal")):
-        problem = f"grid-d128-{mask}-s8192"
-        ratio = evidence.speedup("grid", problem, top, REFERENCE_PEER)
-        found[macro("long", mask, "over", REFERENCE_PEER)] = with_interval(ratio, 2)
-        for metric in ("tensor_pipe", "idle_sm_cycles"):
-            share = evidence.metric(counted, problem, top, metric)
-            found[macro("long", mask, metric)] = text(share, 1)
         ratios = [
             ratio.value
             for p in evidence.suite("grid256")
@@ -296,8 +371,46 @@ def _left(evidence: Evidence) -> dict[str, str]:
         ]
         middle = Value(median(ratios)) if ratios else None
         found[macro("wide", mask, "over", REFERENCE_PEER)] = text(middle, 2)
-    ratio = evidence.speedup("grid", "grid-d128-full-s512", top, REFERENCE_PEER)
-    found[macro("short full over", REFERENCE_PEER)] = with_interval(ratio, 2)
+    return found
+
+
+def _counters(evidence: Evidence, problem: Problem, name: str) -> dict[str, str]:
+    """The macros of how fast the top stage is on a problem of the grid, and of what is busy."""
+    top = evidence.top
+    found = {
+        macro(name, "over", REFERENCE_PEER): with_interval(
+            evidence.speedup("grid", problem.id, top, REFERENCE_PEER), 3
+        )
+    }
+    for metric, digits in (("tensor_pipe", 1), ("idle_sm_cycles", 1), ("dram_throughput", 1),
+                           ("profiled_clock", 0)):  # fmt: skip
+        found[macro(name, metric)] = text(evidence.anywhere(problem, top, metric), digits)
+    copied = evidence.anywhere(problem, top, "tma_bytes")
+    found[macro(name, "copied megabytes")] = text(copied and Value(copied.value / 1e6), 0)
+    least = evidence.roofline(problem, top)
+    found[macro(name, "limit")] = escape(least.limit) if least else MISSING
+    tiles = predict.tiles(top, problem)
+    rounds = problem.batch * problem.nheads * problem.seqlen_q / tiles.rows
+    rounds /= evidence.provenance["properties"]["sms"]
+    found[macro(name, "rounds")] = text(Value(rounds), 1)
+    return found
+
+
+def _half(evidence: Evidence) -> dict[str, str]:
+    """The macros of time in fp16 over time in bf16, by head dimension: percent more, in the
+    median."""
+    found = {}
+    for name in (evidence.top, "cudnn"):
+        times = evidence.all_of("grid_fp16", "over_bf16", "spaced")
+        for headdim in (64, 128):
+            more = [
+                100 * (value.value - 1)
+                for (problem, subject), value in times.items()
+                if subject == name and evidence.problems[problem].headdim == headdim
+            ]
+            who = "top" if name == evidence.top else name
+            words = (who, "half more", "wide" if headdim == 128 else "narrow")
+            found[macro(*words)] = text(Value(median(more)) if more else None, 1)
     return found
 
 

@@ -2,7 +2,7 @@
 from attn_ladder.stage import subjects
 
 from attn_profiling.replication import home
-from attn_profiling.sources import SERVING, source_hash
+from attn_profiling.sources import ENTRIES, SERVING, entry_hash, source_hash
 
 LOGS = "results/logs"
 TIDY = expand("results/{name}", name=["metrics.csv", "speedups.csv", "provenance.json"])
@@ -49,7 +49,7 @@ rule tidy:
         config["problems"],
         expand(
             "profiling/attn_profiling/{name}.py",
-            name=["metrics", "ncu_rep", "stats", "tidy", "tidy_serving"],
+            name=["addenda", "host_pairs", "metrics", "ncu_rep", "stats", "tidy", "tidy_serving"],
         ),
         IMAGE,
     output:
@@ -60,6 +60,7 @@ rule tidy:
         tool=cmd("attn-profiling"),
         options=f"--raw {RAW} --tier {PLAN.tier} --problems {config['problems']}",
         kernels={name: source_hash(name) for name in (*subjects(), *SERVING)},
+        entries={name: entry_hash(name) for name in ENTRIES},
     shell:
         "{params.tool} tidy {params.options} --out-metrics {output[0]} --out-speedups {output[1]}"
         " --out-provenance {output[2]} 2>&1 | tee {log}"

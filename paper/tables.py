@@ -42,6 +42,7 @@ from paper.evidence import (
     load,
     number,
     plain,
+    within,
 )
 from paper.table import Table
 
@@ -53,7 +54,7 @@ RESULTS, PROBLEMS = Path("results"), Path("config/problems.tsv")
 CONSTRAINTS = Path("config/constraints.yaml")
 
 GATE = "gate-b16"
-SPACED = "spaced"
+SPACED, SUSTAINED_REGIME = "spaced", "sustained"
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 PUBLISHED = Path(__file__).with_name("published.csv")
 FA3_BUILDS = Path(__file__).with_name("fa3_builds.csv")
@@ -122,7 +123,7 @@ def _grid_rules(problems: Sequence[Problem]) -> frozenset[int]:
     return frozenset(n for n in range(1, len(keys)) if keys[n] != keys[n - 1])
 
 
-SUSTAINED = "timing/grid.sustained.json"
+SUSTAINED, HOST = "timing/grid.sustained.json", "host/gate.json"
 
 
 def conclusive_of(evidence: Evidence, suite: str, regime: str) -> str:
@@ -160,6 +161,7 @@ def grid(evidence: Evidence, suite: str = "grid") -> Table:
     ran = {subject for _, subject in evidence.all_of(suite, "tflops", "spaced")}
     peers = [p for p in ("fa3", "cudnn", "fa4", "fa2") if p in ran]
     half = suite == "grid_fp16"
+    bursts = suite == "grid" and evidence.was_measured(suite, SUSTAINED_REGIME)
     against = [p for p in peers if p != "fa2"]
     problems = evidence.suite(suite)
     rows = []
@@ -170,9 +172,9 @@ def grid(evidence: Evidence, suite: str = "grid") -> Table:
 
         cells = [tflops(s) for s in (*peers, top)]
         ratios = [interval(evidence.speedup(suite, problem.id, top, p)) for p in against]
-        if suite == "grid":
+        if bursts:
             sustained = evidence.speedup(suite, problem.id, top, REFERENCE_PEER, "sustained")
-            ratios.append(number(sustained, 2) + _dagger(evidence, suite, problem, "sustained"))
+            ratios.append(number(sustained, 3) + _dagger(evidence, suite, problem, "sustained"))
         if half:
             over = evidence.metric(suite, problem.id, top, "over_bf16", "spaced")
             ratios.append(number(over, 3))
@@ -181,11 +183,11 @@ def grid(evidence: Evidence, suite: str = "grid") -> Table:
     times = over_bf16(evidence) if half else []
     for name, word in ((MEDIAN, "median"), (MINIMUM, "least"), (SHORTEST, "least to 1024")):
         ratios = [interval(evidence.speedup(suite, name, top, p)) for p in against]
-        if suite == "grid":
+        if bursts:
             found = evidence.speedup(suite, name, top, REFERENCE_PEER, "sustained")
             of = f" ({conclusive_of(evidence, suite, 'sustained')})"
             of = of if found and name != SHORTEST else ""
-            ratios.append(number(found, 2) + of)
+            ratios.append(number(found, 3) + of)
         if half:
             ratios.append(number(Value(median(times)), 3) if times and name == MEDIAN else "")
         rows.append(["", word, "", *[""] * (len(peers) + 1), *ratios])
@@ -193,13 +195,14 @@ def grid(evidence: Evidence, suite: str = "grid") -> Table:
         rows.append(["", "most", *[""] * (len(rows[0]) - 3), plain(max(times), 3)])
     header = ["d", "mask", "seqlen", *[label(s) for s in (*peers, top)]]
     header += [f"over {label(p)}" for p in against]
-    header += ["sustained"] if suite == "grid" else ["time / bf16"] if half else []
+    header += ["sustained"] if bursts else ["time / bf16"] if half else []
     last_note = ""
-    if suite == "grid":
+    if bursts:
         last_note = (
             " Sustained: over FA3, back to back; in brackets, how many problems are conclusive."
-            f"{of_sustained(evidence)}"
         )
+    if suite == "grid":
+        last_note += of_sustained(evidence)
     if half:
         last_note = f" Time / bf16: GPU time of {label(top)} over that of the same problem in bf16."
     return Table(
@@ -234,6 +237,11 @@ def grid_stages(evidence: Evidence) -> Table:
     )
 
 
+LOADED_CLOCK = (
+    "The model's clock is that of the subject under load: cycles over time in Nsight Compute (back"
+    " to back NVML's during bursts), or where it was not profiled the clock before a launch,"
+    " lowered by the model's line for a busy tensor pipe."
+)
 _PLAN_TFLOPS = {"stage2": "110", "stage3": "140", "stage4": "180", "stage5": "210-260"}
 
 
@@ -257,7 +265,7 @@ def ladder(evidence: Evidence) -> Table:
         before = None
         if name.startswith("stage") and name != "stage1":
             before = evidence.speedup("gate", GATE, name, f"stage{int(name[5:]) - 1}")
-        least = evidence.roofline("gate", problem, name)
+        least = evidence.roofline(problem, name)
         met = "" if gate is None or ratio is None else "yes" if ratio.value >= gate else "no"
         rows.append(
             [
@@ -280,7 +288,7 @@ def ladder(evidence: Evidence) -> Table:
          "plan TFLOPS"],
         rows,
         "Gate problem: batch 16, 16 heads, seqlen 2048, headdim 64, causal, bf16, spaced. Ceiling:"
-        " the ratio that the model's overlapped time would give at the measured clock.",
+        f" the ratio that the model's least time would give. {LOADED_CLOCK}",
         frozenset({stages}),
         "llrrrlrrr",
         labels=2,
@@ -599,39 +607,40 @@ def published(evidence: Evidence) -> Table:
     known = _published()
     rows = []
     problems = evidence.suite("grid")
+    regimes = [r for r in (SPACED, SUSTAINED_REGIME) if evidence.was_measured("grid", r)]
+    regimes = regimes or [SPACED]
     for problem in problems:
         there = known.get((problem.headdim, problem.causal, problem.seqlen_q), "–")
-        here = [
-            evidence.metric("grid", problem.id, "fa3", "tflops", r) for r in ("spaced", "sustained")
-        ]
+        here = [evidence.metric("grid", problem.id, "fa3", "tflops", r) for r in regimes]
         ratios = [
             "–" if h is None or there == "–" else plain(h.value / float(there), 2) for h in here
         ]
         rows.append([*shape(problem), there, *map(number, here), *ratios])
     return Table(
-        ["d", "mask", "seqlen", "published fp16", "spaced bf16", "sustained bf16",
-         "spaced / published", "sustained / published"],
+        ["d", "mask", "seqlen", "published fp16", *(f"{r} bf16" for r in regimes),
+         *(f"{r} / published" for r in regimes)],
         rows,
         "Published: labels of the bars in figure 5 of the FA3 paper (forward, fp16, H100 SXM5); the"
         " label of headdim 128, full, 512 could not be read with certainty."
         + of_sustained(evidence),
         _grid_rules(problems),
-        "rlrrrrrr",
+        "rlrr" + "rr" * len(regimes),
         labels=4,
     )  # fmt: skip
 
 
-def _number_of(text: str, digits: int) -> str:
-    return plain(float(text), digits) if text else "–"
+_RATIOS = ("speedup", "eager_gain", "over_bf16", "host_over_fa3", "energy_over_fa3")
 
 
 def _verdict_cells(row: Mapping[str, str]) -> list[str]:
-    digits = 2 if "speedup" in row["metric"] or float(row["threshold"]) < 10 else 1
-    low, high = (_number_of(row[c], digits) for c in ("ci_low", "ci_high"))
-    return [
-        _number_of(row["effect"], digits),
-        f"[{low}, {high}]" if row["ci_low"] else "–",
-    ]
+    metric = row["metric"].split(", ")[0]
+    ratio = metric.startswith(_RATIOS)
+    digits = 3 if ratio else 2 if float(row["threshold"]) < 10 else 1
+    effect, low, high = (
+        plain(within(metric, float(row[c])), digits) if row[c] else "–"
+        for c in ("effect", "ci_low", "ci_high")
+    )
+    return [effect, f"[{low}, {high}]" if row["ci_low"] else "–"]
 
 
 def _side(row: Mapping[str, str]) -> str:
@@ -808,7 +817,7 @@ def _ceilings(evidence: Evidence) -> list[str]:
 def _ceiling(evidence: Evidence, hypothesis: Hypothesis, suite: str) -> str:
     witness = hypothesis.witness
     if witness["kind"] != "speedup":
-        return _ceiling_of_metric(evidence, hypothesis, suite)
+        return _ceiling_of_metric(evidence, hypothesis)
     wanted, peer = witness["problem"], witness["peer"]
     peers = evidence.of_kind("peer") if peer == BEST else [peer]
     ratios = []
@@ -819,7 +828,7 @@ def _ceiling(evidence: Evidence, hypothesis: Hypothesis, suite: str) -> str:
             continue
         times = [evidence.metric(suite, problem.id, p, "gpu_us", hypothesis.regime) for p in peers]
         known = [t.value for t in times if t is not None]
-        least = evidence.roofline(suite, problem, witness["subject"], hypothesis.regime)
+        least = evidence.roofline(problem, witness["subject"], hypothesis.regime)
         if known and least:
             ratios.append(min(known) / least.overlapped_us)
     if not ratios:
@@ -827,7 +836,7 @@ def _ceiling(evidence: Evidence, hypothesis: Hypothesis, suite: str) -> str:
     return f"{median(ratios) if wanted == MEDIAN else min(ratios):.2f}"
 
 
-def _ceiling_of_metric(evidence: Evidence, hypothesis: Hypothesis, suite: str) -> str:
+def _ceiling_of_metric(evidence: Evidence, hypothesis: Hypothesis) -> str:
     """Of TFLOPS and of the tensor pipe on one problem at the model's least time; fp16 and bf16 have
     the same rate of products."""
     witness, metric = hypothesis.witness, hypothesis.witness["metric"]
@@ -836,11 +845,7 @@ def _ceiling_of_metric(evidence: Evidence, hypothesis: Hypothesis, suite: str) -
     problem = evidence.problems.get(witness.get("problem", ""))
     if problem is None or metric not in ("tflops", "tensor_pipe"):
         return "–"
-    timed = (suite, *(s for s in problem.suites if s in ("grid", "gate")))
-    clocked = [
-        s for s in timed if evidence.metric(s, problem.id, witness["subject"], "clock_mhz", SPACED)
-    ]
-    least = evidence.roofline((clocked or [suite])[0], problem, witness["subject"], SPACED)
+    least = evidence.roofline(problem, witness["subject"])
     if least is None:
         return "–"
     if metric == "tflops":
@@ -860,9 +865,9 @@ def criteria(evidence: Evidence) -> Table:
         rows,
         "Decided by the interval, widened by the A/A floor where it is a speed, and by the value"
         " where there is none; inconclusive where the interval holds the number set, or where a"
-        " problem is missing or its A/A pair was off. Ceiling, at the model's least time at the"
-        " measured clock: the peer's measured time over it, TFLOPS, the tensor pipe's part of it;"
-        " fp16 and bf16 have one rate of products; – where the model says nothing."
+        " problem is missing or its A/A pair was off. Ceiling, at the model's least time: the"
+        " peer's measured time over it, TFLOPS, the tensor pipe's part of it; fp16 and bf16 have"
+        f" one rate of products; – where the model says nothing. {LOADED_CLOCK}"
         f"{of_sustained(evidence)}",
         align="p{0.5\\linewidth}llllrl",
     )
@@ -1013,31 +1018,38 @@ def host(evidence: Evidence) -> Table:
         " part of the eager latency at batch 32 that is not GPU time; gain: eager latency of the"
         " stage before over that of the stage, at batch 32; time per sequence at batch 1"
         " over that at batch 32 (the plan: 5 to 6)."
+        " Shares are cut at 0 and 100 %."
         + first_calls(evidence)
-        + evidence.closed("host/gate.json"),
+        + evidence.added(HOST)
+        + evidence.closed(HOST),
         align="l" + "r" * 10,
         labels=1,
     )  # fmt: skip
 
 
+_BURSTS = (("clock_mhz", "sust. MHz", 0), ("power_w", "W", 0), ("energy_mj", "mJ/call", 1))
+"""What NVML reads of bursts: metric, heading, decimals."""
+
+
 def regimes(evidence: Evidence) -> Table:
-    """Clock, power and energy in both regimes."""
+    """Clock, power and energy in both regimes; of sustained launches where there are any."""
     rows = []
     top = evidence.top
     problems = evidence.suite("grid")
+    sustained = evidence.was_measured("grid", SUSTAINED_REGIME)
     for problem in problems:
-        cells = []
-        for name in ("fa3", top):
-            for regime in ("spaced", "sustained"):
-                found = evidence.metric("grid", problem.id, name, "clock_mhz", regime)
-                cells.append(number(found))
-            cells.append(number(evidence.metric("grid", problem.id, name, "power_w", "sustained")))
-            energy = evidence.metric("grid", problem.id, name, "energy_mj", "sustained")
-            cells.append(number(energy, 1))
+        idle = evidence.metric("grid", problem.id, REFERENCE_PEER, "clock_mhz", SPACED)
+        cells = [number(idle)]
+        for name in (REFERENCE_PEER, top):
+            cells.append(number(evidence.anywhere(problem, name, "profiled_clock")))
+            for metric, _, digits in _BURSTS if sustained else ():
+                found = evidence.metric("grid", problem.id, name, metric, "sustained")
+                cells.append(number(found, digits))
         rows.append([*shape(problem), *cells])
-    header = ["d", "mask", "seqlen"]
-    for name in ("fa3", top):
-        header += [f"{label(name)} MHz", "sust. MHz", "W", "mJ/call"]
+    header = ["d", "mask", "seqlen", "between launches MHz"]
+    for name in (REFERENCE_PEER, top):
+        header.append(f"{label(name)} profiled MHz")
+        header += [heading for _, heading, _ in _BURSTS] if sustained else []
     pairs = [abs(v.value - 1) for v in evidence.all_of("grid", "energy_aa").values()]
     repeated = (
         f" The energy of FA3's A/A twin differs from FA3's by {100 * median(pairs):.1f} % in the"
@@ -1048,17 +1060,20 @@ def regimes(evidence: Evidence) -> Table:
     return Table(
         header,
         rows,
-        f"Medians of NVML readings; power and energy in the sustained regime.{repeated}"
+        "Between launches: median of NVML's readings, one a round of spaced launches, so of no"
+        " one subject. Profiled: cycles over time of the kernels in Nsight Compute, the"
+        " clock that they run at."
+        + (f" Sustained: means of NVML's readings during bursts.{repeated}" if sustained else "")
         + of_sustained(evidence),
         _grid_rules(problems),
-        "rlr" + "r" * 8,
+        "rlr" + "r" * (len(header) - 3),
         labels=3,
     )
 
 
 def _of_roofline(evidence: Evidence, problem: Problem, subject: str) -> str:
-    """The model's least time at a subject's own clock over its time, in percent."""
-    least = evidence.roofline("grid", problem, subject)
+    """The model's least time at a subject's clock under load over its time, in percent."""
+    least = evidence.roofline(problem, subject)
     us = evidence.metric("grid", problem.id, subject, "gpu_us", "spaced")
     return "–" if least is None or us is None else f"{100 * least.overlapped_us / us.value:.0f}"
 
@@ -1069,7 +1084,7 @@ def roofline(evidence: Evidence) -> Table:
     rows = []
     problems = evidence.suite("grid")
     for problem in problems:
-        found = evidence.roofline("grid", problem, top)
+        found = evidence.roofline(problem, top)
         if found is None:
             continue
         measured = [
@@ -1092,9 +1107,9 @@ def roofline(evidence: Evidence) -> Table:
          "FA3", label(top), *(f"{label(name).removeprefix('stage ')} %" for name in near),
          "limit"],
         rows,
-        f"Microseconds at the clock measured for {label(top)}. Least: the busiest resource plus"
-        " launch and tail. Of FA3 and of stages 1 to 5, in percent: least, at the subject's own"
-        " clock, over measured.",
+        f"Microseconds; the model's for {label(top)}. Least: the busiest resource plus launch and"
+        " tail. Of FA3 and of stages 1 to 5, in percent: least, for that subject, over measured."
+        f" {LOADED_CLOCK}",
         _grid_rules(problems),
         "rlr" + "r" * (9 + len(near)) + "l",
         labels=3,
@@ -1456,11 +1471,17 @@ def _open_criteria(evidence: Evidence) -> list[str]:
     met = sum(row[-1] == "met" for row in rows)
     lines = [f"Of {len(rows)} gates and success criteria {met} are met. The others:", ""]
     lines += [
-        f"- {row[-1]} ({row[1]}): {row[0]}" + (f" Found: {row[2]}." if row[2] != "–" else "")
+        f"- {row[-1]} ({row[1]}): {row[0]}" + (f" Found: {_found(row)}." if row[2] != "–" else "")
         for row in rows
         if row[-1] != "met"
     ]
     return lines if met < len(rows) else [f"All {len(rows)} gates and success criteria are met."]
+
+
+def _found(row: Sequence[str]) -> str:
+    """What was found for a criterion, with its interval where it has one."""
+    value, ends = row[2:4]
+    return value if ends in ("–", f"[{value}, {value}]") else f"{value} {ends}"
 
 
 @app.command("latex")
@@ -1484,11 +1505,11 @@ def model_command(
     problems: ProblemsOption = PROBLEMS,
     constraints: ConstraintsOption = CONSTRAINTS,
 ) -> None:
-    """Write the model's times of every timed problem at the top stage's clock."""
+    """Write the model's times of every timed problem at the top stage's clock under load."""
     evidence = load(results, problems, constraints)
     rows = []
     for suite in ("grid", "grid_fp16", "grid256", "gate"):
-        found = [(p, evidence.roofline(suite, p, evidence.top)) for p in evidence.suite(suite)]
+        found = [(p, evidence.roofline(p, evidence.top)) for p in evidence.suite(suite)]
         known = [(p, roofline) for p, roofline in found if roofline is not None]
         rows += [{"suite": suite, **row} for row in model.rows(known)]
     write_text(out, csv_text(("suite", *model.COLUMNS), rows, sort=False))

@@ -5,7 +5,7 @@ from attn_ladder.stage import kernel_hash
 from attn_profiling import device as found_device
 from attn_profiling.config import MODEL
 from attn_profiling.settings import once, selected
-from attn_profiling.sources import source_hash
+from attn_profiling.sources import ENTRIES, entry_hash, source_hash
 
 
 def hardware():
@@ -150,6 +150,7 @@ rule host:
     params:
         tool=cmd("attn-profiling", gpu=True),
         kernels=kernels("host"),
+        entries={name: entry_hash(name) for name in ENTRIES},
         problems=problems,
         measuring=config["measuring"],
         fa3_module=config["fa3_module"],

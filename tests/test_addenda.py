@@ -8,7 +8,7 @@ import pytest
 import synthetic
 from typer.testing import CliRunner
 
-from attn_profiling import addenda, promote, tidy, verify
+from attn_profiling import addenda, host_pairs, promote, tidy, verify
 from attn_profiling.cli import app
 from attn_profiling.promote import NotPromoted
 from attn_profiling.record import RecordError
@@ -161,19 +161,182 @@ def test_what_was_interrupted_is_replaced(runs, recorded):
     tables = tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
     assert {r["run"] for r in tables.speedups if r["regime"] == "sustained"} == {"later"}
     assert tables.provenance["closed"] == {}
-    assert tables.provenance["addenda"][0]["replaced"] == ["timing/smoke.sustained.json"]
+    (found,) = tables.provenance["addenda"]
+    assert found["replaced"] == ["timing/smoke.sustained.json"]
+    assert found["replaced_why"] == {"timing/smoke.sustained.json": "interrupted"}
     synthetic.derive(recorded, recorded.parent / "results")
     evidence = load(recorded.parent / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
     said = evidence.added("timing/smoke.sustained.json")
-    assert "takes the place of that of run synthetic, which was interrupted, or of a" in said
+    assert "takes the place of that of run synthetic, which was interrupted" in said
 
 
 def test_what_was_recorded_of_another_kernel_is_replaced(runs, recorded):
     target = recorded / "timing" / "smoke.sustained.json"
     shutil.copy(runs / "later" / "timing" / "smoke.sustained.json", target)
     edited(target, lambda data: data["subjects"]["stage5"].update(kernel_hash="0" * 16))
+    edited(target, lambda data: data.update(run="synthetic"))
     addenda.add(runs / "later", recorded)
     assert addenda.files(recorded, "timing")[-1].is_relative_to(recorded / "addenda")
+    (found,) = tidy.tidy(recorded, "replay", synthetic.PROBLEMS).provenance["addenda"]
+    assert found["replaced_why"] == {"timing/smoke.sustained.json": "kernel changed"}
+
+
+def test_what_was_recorded_of_another_problem_is_replaced(runs, recorded, tmp_path):
+    """As far as the table of problems is at hand."""
+    target = recorded / "timing" / "smoke.sustained.json"
+    shutil.copy(runs / "later" / "timing" / "smoke.sustained.json", target)
+    edited(target, lambda data: data["problems"][0]["problem"].update(batch=77))
+    edited(target, lambda data: data.update(run="synthetic"))
+    with pytest.raises(NotPromoted, match="has it whole"):
+        addenda.add(runs / "later", recorded, tmp_path / "no.tsv")
+    addenda.add(runs / "later", recorded)
+    (found,) = tidy.tidy(recorded, "replay", synthetic.PROBLEMS).provenance["addenda"]
+    assert found["replaced_why"] == {"timing/smoke.sustained.json": "problem changed"}
+
+
+def with_host(runs, recorded, suite, factor):
+    """Host costs of a suite in the recorded run, where the twin of one problem is off by a factor,
+    and in the later one."""
+    synthetic.Maker(recorded, seed=5).host(suite)
+
+    def off(data):
+        entry = next(e for e in data["problems"] if "fa3#2" in e["samples"])
+        twin = entry["samples"]["fa3#2"]
+        twin["eager_host_us"] = [[factor * us for us in p] for p in twin["eager_host_us"]]
+
+    edited(recorded / "host" / f"{suite}.json", off)
+    synthetic.Maker(runs / "later", seed=6).host(suite)
+    edited(runs / "later" / "host" / f"{suite}.json", later)
+    edited(runs / "later" / "config.json", lambda data: data["suites"].update(host=[suite]))
+
+
+def test_host_costs_whose_pairs_agree_are_not_replaced(runs, recorded):
+    with_host(runs, recorded, "smoke", 1.0)
+    refused(runs, recorded, "host/smoke.json: .* has it whole")
+
+
+def test_host_costs_with_a_pair_that_is_off_are_replaced_as_a_whole(runs, recorded):
+    with_host(runs, recorded, "smoke", 1.42)
+    before = tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
+    assert [i["regime"] for i in before.provenance["inconclusive"]] == ["host"]
+    addenda.add(runs / "later", recorded)
+    both = tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
+    assert both.provenance["inconclusive"] == []
+    assert both.provenance["addenda"][0]["replaced_why"] == {"host/smoke.json": "A/A off"}
+    alone = tidy.tidy(runs / "later", "measure", synthetic.PROBLEMS)
+    names = {*host_pairs.KINDS, *host_pairs.HOST_PAIRS, "first_call_ms"}
+    names |= {f"aa_{kind}" for kind in host_pairs.KINDS}
+
+    def of_host(tables):
+        return [r for r in tables.metrics if r["regime"] == "-" and r["metric"] in names]
+
+    assert of_host(both) == of_host(alone) != of_host(before)
+    assert {r["run"] for r in of_host(both)} == {"later"}
+    others = {r["run"] for r in both.metrics if (r["suite"], r["metric"]) == ("smoke", "correct")}
+    assert others == {"synthetic"}
+
+
+def test_a_verdict_says_which_run_it_is_of(runs, recorded):
+    """Checks and host costs of one suite, of two runs."""
+    synthetic.Maker(recorded).check("gate")
+    with_host(runs, recorded, "gate", 1.42)
+    addenda.add(runs / "later", recorded)
+    synthetic.derive(recorded, recorded.parent / "results")
+    evidence = load(recorded.parent / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+    of = {
+        row["metric"].partition(",")[0]: row["run"]
+        for row in evidence.verdicts
+        if row["suite"] == "gate" and row["regime"] == "-"
+    }
+    assert of["host_over_fa3"] == of["eager_gain"] == "later"
+    assert of["correct (min)"] == of["unit_error (max)"] == "synthetic"
+
+
+def checked(recorded, subject="stage5"):
+    """(rows of checks of a subject in smoke, {run: problems that are right}, what is stale)"""
+    tables = tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
+    rows = [
+        r
+        for r in tables.metrics
+        if (r["suite"], r["subject"], r["regime"]) == ("smoke", subject, "-")
+    ]
+    right = {}
+    for row in rows:
+        if row["metric"] == "correct":
+            right.setdefault(row["run"], set()).add((row["problem"], row["value"]))
+    stale = [s for s in tables.provenance["stale"] if s["file"] == "check/smoke.json"]
+    return rows, right, stale
+
+
+def test_a_fresh_check_stands_for_a_stale_one(runs, recorded):
+    _, before, _ = checked(recorded)
+    edited(
+        recorded / "check" / "smoke.json",
+        lambda data: data["subjects"]["stage5"].update(kernel_hash="0" * 16),
+    )
+    rows, _, stale = checked(recorded)
+    assert rows == [] and [s["what"] for s in stale] == ["stage5"]
+    where = addenda.add(runs / "later", recorded)
+    rows, right, stale = checked(recorded)
+    assert right == {"later": before["synthetic"]} and stale == []
+    assert {r["run"] for r in rows} == {"later"}
+    assert set(checked(recorded, "fa3")[1]) == {"synthetic"}
+    edited(
+        where / "check" / "smoke.json",
+        lambda data: data["subjects"]["stage5"].update(kernel_hash="1" * 16),
+    )
+    rows, _, stale = checked(recorded)
+    assert rows == [] and [s["what"] for s in stale] == ["stage5"]
+
+
+def test_a_fresh_check_of_a_changed_problem_stands_for_the_recorded_one(runs, recorded):
+    name = json.loads((recorded / "check" / "smoke.json").read_text())["results"][0]["problem"][
+        "id"
+    ]
+
+    def change(data):
+        for row in data["results"]:
+            if row["problem"]["id"] == name:
+                row["problem"]["batch"] = 77
+
+    edited(recorded / "check" / "smoke.json", change)
+    _, right, stale = checked(recorded)
+    assert all(name != problem for problem, _ in right["synthetic"])
+    assert [s["what"] for s in stale] == [name]
+    addenda.add(runs / "later", recorded)
+    _, both, stale = checked(recorded)
+    assert both == {"synthetic": right["synthetic"], "later": {(name, 1.0)}} and stale == []
+
+
+def test_a_fresh_check_that_failed_stands_for_a_stale_one(runs, recorded):
+    def fail(data):
+        for row in data["results"]:
+            if row["subject"] == "stage5":
+                row |= {"ok": False, "status": "failed", "message": "NaN", "identical_runs": None}
+
+    edited(
+        recorded / "check" / "smoke.json",
+        lambda data: data["subjects"]["stage5"].update(kernel_hash="0" * 16),
+    )
+    where = addenda.add(runs / "later", recorded)
+    edited(where / "check" / "smoke.json", fail)
+    _, right, _ = checked(recorded)
+    assert {value for _, value in right["later"]} == {0.0} and set(right) == {"later"}
+    excluded = tidy.tidy(recorded, "replay", synthetic.PROBLEMS).provenance["excluded"]
+    told = [e["problem"] for e in excluded if e["reason"] == "run later: NaN"]
+    assert sorted(told) == sorted(problem for problem, _ in right["later"])
+
+
+def test_a_check_that_two_addenda_have_is_rendered_once(runs, recorded):
+    where = addenda.add(runs / "later", recorded)
+    again = where.with_name("later2")
+    shutil.copytree(where, again)
+    shutil.rmtree(again / "timing")
+    for path in again.rglob("*.json"):
+        edited(path, lambda data: data.update(run="later2"))
+    rows = tidy.tidy(recorded, "replay", synthetic.PROBLEMS).metrics
+    keys = [tuple(v for k, v in row.items() if k not in ("value", "run")) for row in rows]
+    assert len(keys) == len(set(keys))
 
 
 def test_a_file_is_in_one_addendum(runs, recorded):
@@ -190,11 +353,10 @@ def test_the_limit_of_a_recorded_run_holds_with_its_addenda(runs, recorded, monk
 
 
 def test_counters_are_not_added(runs, recorded):
-    maker = synthetic.Maker(runs / "later")
-    maker.host("smoke")
-    edited(runs / "later" / "host" / "smoke.json", later)
-    edited(runs / "later" / "config.json", lambda data: data["suites"].update(host=["smoke"]))
-    refused(runs, recorded, "host/smoke.json: only checks, timings and serving")
+    synthetic.Maker(runs / "later").ncu("smoke")
+    edited(runs / "later" / "ncu" / "smoke.json", later)
+    edited(runs / "later" / "config.json", lambda data: data["suites"].update(profile=["smoke"]))
+    refused(runs, recorded, "ncu/smoke.json: only checks, timings, host costs and serving")
 
 
 @pytest.mark.parametrize(

@@ -214,13 +214,21 @@ def test_a_copy_is_not_remembered_for_an_aligned_address(gpu):
     assert calls[0][1] is not odd and calls[1][1] is even
 
 
-def test_the_slow_part_of_a_first_call_begins_with_the_import():
-    code = (
-        "import threading, time\n"
-        "from attn_ladder import attention\n"
-        "[t.join() for t in threading.enumerate() if t.name == 'triton_key']\n"
-        "from triton.runtime.cache import triton_key\n"
-        "print(triton_key.cache_info().currsize)\n"
-    )
+HASHES = """
+import torch
+from attn_ladder import dispatch
+dispatch.capability = lambda device: (8, 0)
+x = (torch.Size((1, 8, 1, 64)), (512, 64, 64, 1), torch.bfloat16, torch.device("cuda", 0))
+assert dispatch._hashing.ident is not None
+dispatch.route(True, None, *x, *x, *x)
+from triton.runtime.cache import triton_key
+triton_key()
+print(triton_key.cache_info().misses, triton_key.cache_info().hits)
+"""
+
+
+@pytest.mark.parametrize(("waits", "misses"), [(True, "1 1"), (False, "2 0")])
+def test_tritons_hash_begins_with_the_import_and_is_not_made_twice(waits, misses):
+    code = HASHES if waits else HASHES.replace("dispatch.route", "# dispatch.route")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "1\n"
+    assert done.stdout.strip() == misses

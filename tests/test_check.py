@@ -102,7 +102,7 @@ def test_strides_that_are_ignored_are_found():
 
 def test_the_views_of_a_check_have_nan_around_them():
     inputs = draw(torch, SMALL, 0, "cpu")
-    for x, view in zip(inputs, strided(torch, inputs), strict=True):
+    for x, view in zip(inputs, strided(inputs), strict=True):
         assert torch.equal(x, view) and not view.is_contiguous() and view.stride(3) == 1
         assert all(step * x.element_size() % 16 == 0 for step in view.stride()[:3])
         room = torch.as_strided(view, (view.stride(0) * x.shape[0],), (1,))
@@ -159,6 +159,31 @@ def test_the_error_at_unit_scale_is_not_that_of_scores_that_grow():
     assert (worse.max_error, worse.bound, worse.unit_error, worse.allclose) == (0.5, 0.9, 0.1, True)
     again = check.Verdict(None, 0.05, 0.1, 0.3, 0.0, 0.05, False)
     assert check._worse(worse, again).allclose is False
+
+
+def test_the_bound_at_unit_scale_is_that_of_the_call_nearest_to_it():
+    """Not that of scores that grow, nor of the call with the largest error."""
+    large = check.Verdict(None, 0.2, 0.3, 0.8, 0.0, 0.2, None, 0.3, 0.8, 0.25)
+    near = check.Verdict(None, 0.1, 0.05, 0.11, 0.0, 0.1, None, 0.05, 0.11, 0.91)
+    grown = check.Verdict(None, 0.5, 0.4, 0.9, 0.0)
+    for first, second in ((large, near), (near, large)):
+        found = check._worse(check._worse(first, second), grown)
+        assert (found.max_error, found.reference_error, found.bound) == (0.5, 0.4, 0.9)
+        assert found.unit_error == 0.2
+        assert (found.unit_reference_error, found.unit_bound, found.unit_share) == (
+            0.05,
+            0.11,
+            0.91,
+        )
+    assert check._worse(grown, grown).unit_share is None
+
+
+def test_a_check_tells_the_bound_at_unit_scale():
+    found = verdict(right)
+    row = check.result(SMALL, "stage1", "ok", None, found)
+    assert 0 < row["unit_share"] <= 1 and row["unit_error"] <= row["max_error"]
+    assert row["unit_bound"] >= 2 * row["unit_reference_error"] > 0
+    assert check.result(SMALL, "stage1", "unsupported", "no")["unit_bound"] is None
 
 
 def test_rows_without_a_key_give_zero_and_minus_infinity():

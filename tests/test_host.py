@@ -9,7 +9,7 @@ import torch
 from fake_gpu import SMALL, FakeMachine, fake_gpu, timed
 
 from attn_ladder.stage import load
-from attn_profiling import host, record, settings
+from attn_profiling import host, host_pairs, record, settings, sources
 from attn_profiling.inputs import Rotation, bound
 from attn_profiling.launches import MeasureError
 from attn_profiling.session import Session
@@ -128,15 +128,17 @@ def test_a_default_configuration_is_not_passed():
 class FakeWorker:
     answer = None
     begun: list = []
+    measuring: set = set()
 
     def __init__(self, kind, arguments, log, environment):
         self.request = None
 
     def wait_ready(self, silence_s):
-        assert self.request is None and not self.begun, "an import beside what is measured"
+        assert self.request is None and not self.measuring, "an import beside what is measured"
 
     def begin(self, request):
         self.request = request
+        self.measuring.add(self)
         self.begun.append([entry["problem"]["id"] for entry in request["problems"]])
 
     def messages(self, silence_s):
@@ -148,7 +150,7 @@ class FakeWorker:
             yield {"result": {"problem": entry["problem"]["id"], "samples": found}}
 
     def close(self):
-        return None
+        self.measuring.discard(self)
 
 
 def sample(us):
@@ -231,6 +233,121 @@ def test_a_suite_interrupted_for_good_is_closed_with_what_is_whole(suite):
     provenance = data["provenance"]
     assert provenance["closed"]["provenance_of"] == "timing/gate.spaced.json"
     assert set(provenance["before"].values()) == set(provenance["after"].values()) == {None}
+
+
+def pair(us=10.0, **twin):
+    """FA3 and its twin, whose times are off by the factors given by kind."""
+    return {
+        "fa3": sample(us),
+        "fa3#2": {kind: v if v is None else [twin.get(kind, 1) * x for x in v]
+                  for kind, v in sample(us).items()},
+    }  # fmt: skip
+
+
+EVERY = [f"gate-b{2**i}" for i in range(7)]
+
+
+def disturbed(until, kind="eager_host_us"):
+    """The twin is off on gate-b4 in processes up to a number; its times tell the process."""
+
+    def answer(process, entry):
+        off = entry["problem"]["id"] == "gate-b4" and process <= until
+        return pair(10.0 + process, **({kind: 1.42} if off else {}))
+
+    return answer
+
+
+@pytest.mark.parametrize("kind", ["eager_host_us", "eager_latency_us", "graph_gpu_us"])
+def test_a_problem_whose_pair_is_off_is_measured_again(suite, kind):
+    data = suite(disturbed(3, kind))
+    assert record.read(suite.folder / "host" / "gate.json", "host") == data
+    assert FakeWorker.begun == [EVERY] * 3 + [["gate-b4"]] * 3
+    rows = {row["problem"]["id"]: row for row in data["problems"]}
+    assert rows["gate-b4"]["samples"]["fa3"]["eager_host_us"] == [[14.0], [15.0], [16.0]]
+    (earlier,) = rows["gate-b4"]["earlier"]
+    assert earlier["fa3"]["eager_host_us"] == [[11.0], [12.0], [13.0]]
+    assert host_pairs.off(earlier) == {kind: pytest.approx(1.42)}
+    assert [name for name, row in rows.items() if "earlier" in row] == ["gate-b4"]
+
+
+@pytest.mark.parametrize(
+    "twin", [{}, {"eager_host_us": 1.09}, {"fresh_pointer_host_us": 1.42}, {"eager_host_us": 0.91}]
+)
+def test_what_agrees_or_no_metric_is_made_of_is_not_measured_again(suite, twin):
+    data = suite(lambda process, entry: pair(**twin))
+    assert FakeWorker.begun == [EVERY] * 3
+    assert not any("earlier" in row for row in data["problems"])
+
+
+def test_attempts_are_bounded_and_all_are_kept(suite):
+    data = suite(disturbed(1000))
+    assert FakeWorker.begun == [EVERY] * 3 + [["gate-b4"]] * 6
+    (row,) = (row for row in data["problems"] if "earlier" in row)
+    times = [taken["fa3"]["eager_host_us"][0] for taken in [*row["earlier"], row["samples"]]]
+    assert times == [[11.0], [14.0], [17.0]]
+
+
+def test_a_second_attempt_that_was_interrupted_goes_on(suite):
+    def dies(process, entry):
+        return WorkerDied("killed") if process == 5 else disturbed(3)(process, entry)
+
+    with pytest.raises(MeasureError, match="gate-b4, process 2: killed"):
+        suite(dies)
+    FakeWorker.begun = []
+    data = suite(lambda process, entry: pair(20.0 + process))
+    assert FakeWorker.begun == [["gate-b4"]] * 2
+    (row,) = (row for row in data["problems"] if "earlier" in row)
+    assert row["samples"]["fa3"]["eager_host_us"] == [[14.0], [21.0], [22.0]]
+    assert row["earlier"][0]["fa3"]["eager_host_us"] == [[11.0], [12.0], [13.0]]
+
+
+def test_the_first_calls_are_those_of_the_first_attempt(suite):
+    """Those of a later one were made in processes that had not measured the problems before."""
+
+    def answer(process, entry):
+        found = disturbed(3)(process, entry)
+        return {name: {**taken, "first_call_ms": float(process)} for name, taken in found.items()}
+
+    (row,) = (row for row in suite(answer)["problems"] if "earlier" in row)
+    assert row["samples"]["fa3"]["first_call_ms"] == [1.0, 2.0, 3.0]
+    assert row["samples"]["fa3"]["eager_host_us"] == [[14.0], [15.0], [16.0]]
+    assert "first_call_ms" not in row["samples"]["fa3#2"]
+
+
+@pytest.mark.parametrize(("lost", "attempts"), [(6, 1), (9, 2)])
+def test_a_closed_suite_has_the_attempts_that_are_whole(suite, lost, attempts):
+    def dies(process, entry):
+        return WorkerDied("gone") if process == lost else disturbed(1000)(process, entry)
+
+    with pytest.raises(MeasureError):
+        suite(dies)
+    (row,) = (row for row in suite.close()["problems"] if row["problem"]["id"] == "gate-b4")
+    assert len(row.get("earlier", [])) + 1 == attempts
+    assert row["samples"]["fa3"]["eager_host_us"][0] == [11.0 + 3 * (attempts - 1)]
+
+
+def test_the_kinds_of_the_pairs_are_those_that_are_measured():
+    kinds = {kind for of in host_pairs.HOST_PAIRS.values() for kind in of}
+    assert kinds < set(host_pairs.KINDS) == {*host.KINDS, *host.GRAPH_KINDS}
+
+
+def test_the_entry_that_users_call_is_recorded(suite, monkeypatch):
+    data = suite(lambda process, entry: pair())
+    assert not any("entry_hash" in entry for entry in data["subjects"].values())
+    header = {"subjects": {name: {"kernel_hash": name} for name in ("fa3", "stage5")}}
+    told = host.record_of(header, [])["subjects"]
+    assert told["stage5"]["entry_hash"] == sources.entry_hash("stage5")
+    assert "entry_hash" not in told["fa3"]
+    module = load("stage5")
+    assert host.entry_of(module) is not module.forward and set(sources.ENTRIES) == {"stage5"}
+
+
+def test_a_suite_of_another_entry_does_not_go_on(suite, monkeypatch):
+    with pytest.raises(MeasureError):
+        suite(ends_in_the_third_process)
+    monkeypatch.setattr(host, "ENTRIES", {"fa3": "any.py"})
+    with pytest.raises(MeasureError, match="no problem was measured by every process"):
+        suite.close()
 
 
 def test_a_suite_of_other_kernels_is_not_closed(suite, monkeypatch):

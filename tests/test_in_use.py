@@ -31,7 +31,12 @@ def test_the_decode_table_has_every_shape_with_its_interval(evidence):
     table = in_use.decode(evidence)
     assert len(table.rows) == 23 + 3
     first = dict(zip(table.header, table.rows[0], strict=True))
-    assert (first["batch"], first["heads"], first["keys"], first["MB"]) == ("1", "32/8", "512", "2")
+    assert (first["batch"], first["heads"], first["keys"], first["MB"]) == (
+        "1",
+        "32/8",
+        "512",
+        "2.1",
+    )
     assert first["over FA3"].startswith("1.2") and "[" in first["over FA3"]
     assert 0.97 < float(first["pages of 256"].split()[0]) < 0.99
     named = {row[1]: row[7] for row in table.rows[-3:]}

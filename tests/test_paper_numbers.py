@@ -4,13 +4,14 @@ import os
 import re
 import shutil
 import subprocess
+from statistics import median
 
 import pytest
 import synthetic
 
 from attn_profiling import metrics, record
 from paper import figures, numbers, tables
-from paper.evidence import Value, load
+from paper.evidence import Value, interval, load
 
 MAIN = synthetic.ROOT / "paper" / "main.tex"
 REFS = synthetic.ROOT / "paper" / "refs.bib"
@@ -52,6 +53,91 @@ def test_macros_hold_what_the_tables_hold(evidence):
     assert found[r"\StageTwoGateRatio"].startswith("0.62")
     assert found[r"\VerdictSync"] == "refuted"
     assert found[r"\Confirmatory"] == "confirmatory"
+    assert (found[r"\TopIdenticalRuns"], found[r"\TopIdenticalProblems"]) == ("1000", "5")
+    assert found[r"\FailedChecks"] == ""
+    problem = evidence.problems["grid-d128-full-s8192"]
+    ratio = evidence.speedup("grid", problem.id, "stage5", "fa3")
+    assert found[r"\LongFullOverFaThree"] == interval(ratio, 3)
+    for macro, metric, digits in (
+        ("TensorPipe", "tensor_pipe", 1), ("IdleSmCycles", "idle_sm_cycles", 1),
+        ("DramThroughput", "dram_throughput", 1), ("ProfiledClock", "profiled_clock", 0),
+    ):  # fmt: skip
+        value = evidence.anywhere(problem, "stage5", metric)
+        assert found[rf"\LongFull{macro}"] == numbers.text(value, digits)
+    assert found[r"\LongFullRounds"] == "15.5"  # 2,048 tiles for 132 SMs
+    assert found[r"\ShortFullOverFaThree"].startswith("1.1")
+    assert found[r"\MeasuringFlushLTwoFactor"] == "2"
+    assert float(found[r"\TopHalfMoreWide"]) == pytest.approx(
+        100 * (median(over_bf16_of(evidence, "stage5", 128)) - 1), abs=0.06
+    )
+    full = [
+        value.value
+        for p in evidence.suite("grid256")
+        if not p.causal and (value := evidence.speedup("grid256", p.id, "stage5", "fa3"))
+    ]
+    assert found[r"\WideFullOverFaThree"] == f"{median(full):.2f}"
+    assert (
+        found[r"\ShortFullLimit"]
+        == evidence.roofline(evidence.problems["grid-d128-full-s512"], "stage5").limit
+    )
+
+
+def over_bf16_of(evidence, name, headdim):
+    times = evidence.all_of("grid_fp16", "over_bf16", "spaced")
+    return [
+        value.value
+        for (problem, subject), value in times.items()
+        if subject == name and evidence.problems[problem].headdim == headdim
+    ]
+
+
+def test_host_costs_are_those_of_problems_whose_pair_agrees(evidence, monkeypatch):
+    found = numbers.numbers(evidence)
+    assert found[r"\HostProblems"] == "7 of the 7"
+    ratios = evidence.all_of("gate", "host_over_fa3")
+    ours = sorted(v.value for (_, name), v in ratios.items() if name == "stage5")
+    assert found[r"\TopHostOverFaThree"] == f"{ours[0]:.3f} to {ours[-1]:.3f}"
+    kept = dict(evidence._metrics)
+    monkeypatch.setattr(evidence, "_metrics", kept)
+    kept["gate", "gate-b16", "fa3", "aa_eager_host_us", "-"] = {"value": 1.42}
+    kept["gate", "gate-b16", "stage5", "eager_host_us", "-"] = {"median": 999.0}
+    found = numbers.numbers(evidence)
+    assert found[r"\HostProblems"] == "6 of the 7" and "999" not in found[r"\TopHostUs"]
+    below = int(found[r"\TopHostBelowCudnn"])
+    kept["gate", "gate-b1", "cudnn", "eager_host_us", "-"] = {"median": 0.1}
+    assert int(numbers.numbers(evidence)[r"\TopHostBelowCudnn"]) == max(0, below - 1)
+
+
+def test_where_a_claim_holds_is_said_whatever_the_verdict(evidence, monkeypatch):
+    kept = dict(evidence._metrics)
+    monkeypatch.setattr(evidence, "_metrics", kept)
+    for (suite, problem), value in {
+        ("grid", "grid-d128-causal-s512"): 28.9, ("gate", "gate-b1"): 73.9,
+    }.items():  # fmt: skip
+        for p in evidence.suite(suite):
+            metric = "stall_memory" if suite == "grid" else "launch_share"
+            share = value if p.id == problem else 1.0
+            kept[suite, p.id, "fa3", metric, "-"] = {"value": share}
+    found = numbers.numbers(evidence)
+    assert found[r"\MemoryClaimed"] == (
+        r"on 1 of 24 problems of the grid (128 causal 512: 28.9\,\%)"
+    )
+    said = r"on 1 of 7 problems of the gate whose A/A pair agrees (batch 1: 73.9\,\%)"
+    assert found[r"\LaunchClaimed"] == said
+    kept["gate", "gate-b1", "fa3", "aa_eager_latency_us", "-"] = {"value": 1.2}
+    found = numbers.numbers(evidence)[r"\LaunchClaimed"]
+    assert found == "on 0 of 6 problems of the gate whose A/A pair agrees"
+
+
+def test_the_paper_says_whether_another_run_repeats_the_headline(evidence, monkeypatch):
+    row = {"run": "r5", "suite": "grid", "regime": "spaced", "subject": "stage5"}
+    row |= {"fresh": "1.152", "verdict": "AMBIGUOUS", "note": "its kernel has changed since; x"}
+    assert "No other run repeats" in numbers._replicated(evidence)
+    monkeypatch.setattr(evidence, "replications", [row])
+    said = numbers._replicated(evidence)
+    assert said.endswith("AMBIGUOUS in run r5, which has 1.152 of another kernel of that stage.")
+    monkeypatch.setattr(evidence, "replications", [{**row, "verdict": "PASS", "run": "r8"}])
+    assert numbers._replicated(evidence).endswith("is repeated by run r8.")
 
 
 def test_the_places_of_bursts_follow_from_how_many_there_are(evidence, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import synthetic
 
 from attn_ladder.problem import read_problems
-from attn_profiling import record
+from attn_profiling import record, sources
 from attn_profiling.record import RecordError
 
 
@@ -160,6 +160,34 @@ def test_a_changed_kernel_is_stale(maker):
     assert "is not in the record" in record.stale(data, "nobody")
     data["subjects"]["gone"] = data["subjects"]["stage1"]
     assert "has no source here" in record.stale(data, "gone")
+
+
+def test_a_changed_entry_is_stale_where_it_was_recorded(maker):
+    data = record.read(maker.folder / FILES["host"], "host")
+    assert record.stale(data, "stage5") is None
+    data["subjects"]["stage5"]["entry_hash"] = "0" * 16
+    assert "through an entry with hash 0000" in record.stale(data, "stage5")
+    del data["subjects"]["stage5"]["entry_hash"]  # as in older records
+    record.validate(data, "host", "a file")
+    assert record.stale(data, "stage5") is None
+
+
+def test_the_hash_of_an_entry_sees_what_runs_in_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.stage, "PACKAGE", tmp_path)
+    file = tmp_path / sources.ENTRIES["stage5"]
+
+    def hashed(text):
+        file.write_text(text)
+        sources.entry_hash.cache_clear()
+        return sources.entry_hash("stage5")
+
+    try:
+        before = hashed("import other\ndef attention(q):\n    return q\n")
+        same = hashed('import other\ndef attention(q):\n    """Why."""\n    return q  # so\n')
+        assert same == before != hashed("import other\ndef attention(q):\n    return 2 * q\n")
+    finally:
+        sources.entry_hash.cache_clear()
+    assert sources.entry_hash("stage1") is None
 
 
 def test_a_changed_problem_is_stale_but_not_for_its_suites(maker):

@@ -196,7 +196,7 @@ def test_fa3_here_stands_beside_fa3_as_published(evidence, empty):
 def test_every_stage_stands_on_the_grid(evidence):
     rows = tables.grid_stages(evidence).rows
     assert len(rows) == 26 and rows[-2][1] == "median"
-    assert rows[-2][3].startswith("0.45 [") and rows[-2][-1].startswith("1.16 [")
+    assert rows[-2][3].startswith("0.450 [") and rows[-2][-1].startswith("1.160 [")
 
 
 def test_another_environment_than_the_locks_is_listed(evidence, monkeypatch):
@@ -227,10 +227,10 @@ def test_latex_is_escaped():
 
 
 def test_numbers_as_text():
-    assert interval(Value(1.234, 1.2, 1.26)) == "1.23 [1.20, 1.26]"
-    assert interval(Value(1.234)) == "1.23" and interval(None) == "–"
+    assert interval(Value(1.234, 1.2, 1.26)) == "1.234 [1.200, 1.260]"
+    assert interval(Value(1.234), 2) == "1.23" and interval(None) == "–"
     assert number(Value(12.6)) == "13" and number(None) == "–"
-    assert interval(Value(0.02, -0.003, 0.04)) == "0.02 [0.00, 0.04]"
+    assert interval(Value(0.02, -0.003, 0.04), 2) == "0.02 [0.00, 0.04]"
 
 
 def test_the_grid_has_every_problem_and_marks_the_inconclusive_one(evidence):
@@ -246,7 +246,7 @@ def test_headdim_256_has_a_table_of_who_ran_there(wide, empty):
         "d", "mask", "seqlen", "FA3", "cuDNN", "stage 5", "over FA3", "over cuDNN",
     ]  # fmt: skip
     assert len(table.rows) == 12 + 3 and {row[0] for row in table.rows[:12]} == {"256"}
-    assert table.rows[12][1] == "median" and table.rows[12][6].startswith("1.16 [")
+    assert table.rows[12][1] == "median" and table.rows[12][6].startswith("1.160 [")
     assert tables.TABLES["checks"](wide).header[3] == "grid256"
     found = numbers.numbers(wide)
     assert (found[r"\WideMeasured"], found[r"\WideProblems"]) == ("1", "12")
@@ -515,6 +515,21 @@ def test_a_record_that_was_closed_says_so_and_what_it_lost(evidence, monkeypatch
     assert "abcdef012345" in numbers.numbers(evidence)[numbers.macro("controls closed")]
 
 
+def test_a_record_that_was_replaced_says_why(evidence, monkeypatch):
+    run = {"run": "r8", "gpu_uuid": "other", "commit": "c" * 40, "files": ["host/gate.json"]}
+    for why, said in (
+        ("interrupted", ", which was interrupted."),
+        ("kernel changed", ", of a kernel that has changed since."),
+        ("A/A off", ", whose A/A pairs were off."),
+        (None, "run synthetic."),
+    ):
+        run |= {"replaced": ["host/gate.json"], "replaced_why": {"host/gate.json": why}}
+        monkeypatch.setitem(evidence.provenance, "addenda", [run])
+        assert evidence.added("host/gate.json").endswith(said)
+    run |= {"replaced": [], "replaced_why": {}}
+    assert evidence.added("host/gate.json").endswith("(commit cccccccccccc).")
+
+
 def test_a_failed_check_is_named_where_its_numbers_stand(evidence, monkeypatch):
     assert "Failed, which" not in tables.checks(evidence).note
     assert "was not timed there" not in tables.of_sustained(evidence)
@@ -605,7 +620,7 @@ def test_each_stage_stands_beside_the_roofline(evidence, changed):
 
     before = shares()
     assert {"FA3 %", "1 %", "2 %", "3 %", "4 %", "5 %"} <= set(before)
-    least = evidence.roofline("grid", evidence.problems["grid-d64-full-s512"], "stage1")
+    least = evidence.roofline(evidence.problems["grid-d64-full-s512"], "stage1")
     found = evidence.metric("grid", "grid-d64-full-s512", "stage1", "gpu_us", "spaced")
     assert before["1 %"] == f"{100 * least.overlapped_us / found.value:.0f}"
     changed(
@@ -614,14 +629,77 @@ def test_each_stage_stands_beside_the_roofline(evidence, changed):
     assert shares() == {**before, "1 %": "50"} and before["1 %"] != "50"
 
 
+def test_the_model_is_at_the_clock_that_a_kernel_runs_at(evidence, changed, monkeypatch):
+    problem = evidence.problems["grid-d128-full-s8192"]
+
+    def mhz(*regime):
+        return evidence.roofline(problem, "stage5", *regime).clock_mhz
+
+    read = evidence.anywhere(problem, "stage5", "profiled_clock").value
+    assert mhz() == read
+    for suite in problem.suites:  # what NVML reads between launches is of no subject
+        changed(suite, problem.id, "", "clock_mhz", "spaced", value=1980.0)
+    assert mhz() == read and mhz("sustained") == 1750.0
+    kept = {k: v for k, v in evidence._metrics.items() if k[3] != "profiled_clock"}
+    monkeypatch.setattr(evidence, "_metrics", kept)
+    boost = 1830.0  # the synthetic launches have no clock before them
+    assert 0.77 * boost < mhz() < 0.79 * boost
+
+
+def test_clocks_are_the_profiled_ones_and_the_one_between_launches(evidence, empty, changed):
+    problem = "grid-d64-full-s512"
+    for suite in evidence.problems[problem].suites:
+        for subject, value in (("fa3", 1700.0), ("stage5", 1600.0)):
+            changed(suite, problem, subject, "profiled_clock", "-", value=value)
+    table = tables.regimes(evidence)
+    row = dict(zip(table.header, table.rows[0], strict=True))
+    assert row["between launches MHz"] == "1750" and row["FA3 profiled MHz"] == "1700"
+    assert row["stage 5 profiled MHz"] == "1600" and "mJ/call" in table.header
+    assert len(tables.regimes(empty).header) == 6 and "mJ" not in "".join(
+        tables.regimes(empty).header
+    )
+
+
+def test_columns_of_what_was_not_measured_are_left_out(evidence, empty):
+    assert tables.grid(evidence).header[-1] == "sustained"
+    assert "sustained / published" in tables.published(evidence).header
+    for table in (tables.grid(empty), tables.published(empty)):
+        assert not any("sustained" in head for head in table.header)
+        assert all(len(row) == len(table.header) for row in table.rows)
+
+
+def test_shares_are_cut_where_they_are_printed(evidence, changed):
+    row = {"metric": "launch_share, gate-b32", "effect": "13.57", "ci_low": "-5.5",
+           "ci_high": "129.2", "threshold": "40"}  # fmt: skip
+    assert tables._verdict_cells(row) == ["13.6", "[0.0, 100.0]"]
+    row |= {"metric": "speedup over fa3, (median)", "threshold": "1.15"}
+    assert tables._verdict_cells(row) == ["13.570", "[-5.500, 129.200]"]
+    assert tables._found(["", "", "1.152", "[1.150, 1.154]"]) == "1.152 [1.150, 1.154]"
+    assert tables._found(["", "", "94.0", "[94.0, 94.0]"]) == "94.0"
+    changed("gate", "gate-b32", "fa3", "launch_share", "-", value=-3.0)
+    assert evidence.metric("gate", "gate-b32", "fa3", "launch_share").value == 0
+    changed("gate", "gate-b32", "fa3", "eager_latency_us", "-", value=-3.0)
+    assert evidence.metric("gate", "gate-b32", "fa3", "eager_latency_us").value == -3
+
+
+def test_the_dagger_of_decoding_is_explained_where_there_is_one(evidence, changed):
+    assert "†" not in tables.in_use.decode(evidence).note
+    problem = evidence.suite("decode")[0]
+    changed("decode", problem.id, "", "conclusive", "spaced", value=0.0)
+    table = tables.in_use.decode(evidence)
+    assert "† the A/A pair" in table.note and table.rows[0][3].endswith("†")
+    assert tables.in_use._megabytes(400_000) == "0.4"
+    assert tables.in_use._megabytes(134_217_728) == "134"
+
+
 def test_criteria_have_the_ceilings_that_the_model_gives(evidence, monkeypatch):
     def ceiling(part):
         return next(row[5] for row in tables.criteria(evidence).rows if part in row[0])
 
     problem = evidence.problems["grid-d64-full-s16384"]
-    least = evidence.roofline("grid", problem, "stage5").overlapped_us
+    least = evidence.roofline(problem, "stage5").overlapped_us
     assert ceiling("630 TFLOPS") == f"{problem.convention_flops / least / 1e6:.0f}"
-    found = evidence.roofline("grid", evidence.problems["grid-d128-full-s8192"], "stage5")
+    found = evidence.roofline(evidence.problems["grid-d128-full-s8192"], "stage5")
     assert ceiling("97 % busy") == f"{100 * found.tensor_us / found.overlapped_us:.1f}"
     assert float(ceiling("97 % busy")) < 100
     assert ceiling("longer than in bf16") == "1.00"

@@ -11,6 +11,7 @@ import yaml
 from attn_ladder import stage
 from attn_ladder.problem import read_problems
 from attn_profiling import stats, tidy, verdict
+from attn_profiling.host_pairs import HOST_PAIRS
 from attn_profiling.stats import Interval
 from attn_profiling.verdict import INCONCLUSIVE, REFUTED, SUPPORTED, Hypothesis
 
@@ -404,7 +405,7 @@ def measurement(constraint, truth, rng):
         at = {**fa3, "suite": "gate", "problem": "gate-b32"}
         rows = [{**at, "metric": "launch_share", "statistic": k, "value": str(v)}
                 for k, v in numbers.items()]  # fmt: skip
-        pairs = [f"aa_{kind}" for kind in tidy.HOST_PAIRS["launch_share"]]
+        pairs = [f"aa_{kind}" for kind in HOST_PAIRS["launch_share"]]
         return rows + [{**at, "metric": pair, "statistic": "value", "value": "1"} for pair in pairs]
     metric = {"branching": "inactive_threads", "sync": "samples_cta_barrier",
               "memory": "stall_memory"}[constraint]  # fmt: skip

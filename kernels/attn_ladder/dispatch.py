@@ -17,13 +17,14 @@ import torch
 
 from attn_ladder.problem import Problem
 
-with suppress(ImportError):  # here, and not in the first call; `route` says why it cannot be used
+_hashing = None  # Triton hashes its own library before it looks into its cache, once, for 0.3 s
+with suppress(ImportError):
     from triton.runtime.cache import triton_key
 
+    _hashing = threading.Thread(target=triton_key, daemon=True)
+    _hashing.start()  # while stage 5 is imported, and until the first call
+with suppress(ImportError):  # here, and not in the first call; `route` says why it cannot be used
     import attn_ladder.stage5_everything  # noqa: F401
-
-    # Triton hashes its own library before it looks into its cache, once, which takes 0.3 s
-    threading.Thread(target=triton_key, name="triton_key", daemon=True).start()
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEADDIM = 256
@@ -143,6 +144,8 @@ def route(causal: bool, softmax_scale: float | None, *described: Any) -> Route:
     """
     q, k, v = (Operand(*described[i : i + 4]) for i in (0, 4, 8))
     check(q, k, v, softmax_scale)
+    if _hashing is not None:
+        _hashing.join()  # or the call would hash as well
     batch, seqlen_q, nheads, headdim = q.shape
     seqlen_k, nheads_k = k.shape[1], k.shape[2]
     gpu = capability(q.device)

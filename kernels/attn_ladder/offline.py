@@ -197,38 +197,62 @@ def instructions(sass: str) -> list[tuple[str, str]]:
     return listing
 
 
-_ADDRESS = re.compile(r"\[\s*([%\w]+)\s*(?:\+\s*(\d+))?\s*\]")
+_ADDRESS = re.compile(r"\[\s*(global_smem|%r\d+)\s*(?:\+\s*(-?\d+))?\s*\]")
+_ACCESS = re.compile(
+    r"\b(?:(?:ld|st|atom|red)\.(?:[\w:]+\.)*shared|(?:ld|st)matrix|cp\.async)[\w.:]*"
+)
+_SUM = re.compile(r"\b(?:add\.[su]32|or\.b32) (%r\d+), ([%\w]+), ([%\w-]+)$")
+_KEPT = (
+    re.compile(  # the operand whose constant a result keeps: swizzles, and products that are added
+        r"\b(?:(?:mov\.[bu]32|xor\.b32) (?P<to>%r\d+), (?P<of>[%\w]+)"
+        r"|mad\.lo\.[su]32 (?P<sum>%r\d+), [%\w]+, [%\w-]+, (?P<addend>[%\w]+))"
+    )
+)
 
 
 def barrier_reuse(ptx: str) -> list[str]:
-    """Loads and stores of shared memory that begin in the words of an mbarrier.
+    """Accesses to shared memory that touch the words of an mbarrier and are no mbarrier's own.
 
-    Triton gives the memory of barriers that nothing uses any more to other data, but without
-    `mbarrier.inval` that is undefined: where the GPU was switched to another process between such
-    a store and the load, the load returned the barrier's first words.
+    Triton gives the memory of barriers that nothing uses any more to other data. PTX wants
+    `mbarrier.inval` before, which it does not emit.
+
+    Found is what touches a barrier at the constant part of its address, as far as that follows from
+    sums, swizzles and moves; not an index that reaches a barrier from below. Leaves out the byte in
+    which Triton keeps a warp's partition, whose place is counted from the number of the warp.
     """
-    place = {"global_smem": 0}  # of a register, as far as it is known: constants added to it
+    place = {"global_smem": 0}  # of a register: the constants that were added up
 
     def value(operand: str) -> int:
-        return int(operand) if operand.isdecimal() else place.get(operand, 0)
+        return int(operand) if re.fullmatch(r"-?\d+", operand) else place.get(operand, 0)
 
     words: set[int] = set()
-    found: list[tuple[int, str]] = []
+    found: list[tuple[range, str]] = []
     text = re.sub(r"//[^\n]*", "", ptx)
     for statement in re.split(r"[;{}]\s", text):
         line = " ".join(statement.split())
-        if move := re.search(r"\bmov\.[bu]32 (%\w+), (global_smem|%\w+)$", line):
-            place[move[1]] = value(move[2])
-        elif add := re.search(r"\badd\.s32 (%\w+), (%\w+), (%?\w+)$", line):
-            place[add[1]] = value(add[2]) + value(add[3])
-        elif address := _ADDRESS.search(line):
-            first = place.get(address[1], 0) + int(address[2] or 0)
-            if "mbarrier.init" in line:
-                words.update(range(first, first + 8))
-            elif re.search(r"\b(ld|st)\.(volatile\.)?shared|\b(ld|st)matrix", line):
-                if "shared.b8 " not in line:  # a warp's partition, counted from its number
-                    found.append((first, line))
-    return [line for first, line in found if first in words]
+        addresses = [value(a) + int(more or 0) for a, more in _ADDRESS.findall(line)]
+        if total := _SUM.search(line):
+            place[total[1]] = value(total[2]) + value(total[3])
+        elif kept := _KEPT.search(line):
+            place[kept["to"] or kept["sum"]] = value(kept["of"] or kept["addend"])
+        elif "mbarrier.init" in line:
+            words.update(range(addresses[0], addresses[0] + 8))
+        elif "mbarrier." in line or "ld.shared.b8" in line:
+            continue
+        elif addresses and (access := _ACCESS.search(line)):
+            stores = "global.shared" in access[0]  # in bulk: the address in shared memory is last
+            first = addresses[-1 if stores else 0]
+            found.append((range(first, first + _width(access[0])), line))
+    return [line for touched, line in found if not words.isdisjoint(touched)]
+
+
+def _width(access: str) -> int:
+    """Bytes that one thread's access takes, or begins with."""
+    count = re.search(r"\.v([24])", access)
+    bits = re.search(r"\.[bsuf](8|16|32|64|128)\b", access)
+    if "matrix" in access or bits is None:  # rows of 16 bytes; copies
+        return 16
+    return (int(count[1]) if count else 1) * int(bits[1]) // 8
 
 
 def inner_loops(sass: str) -> list[list[tuple[str, str]]]:

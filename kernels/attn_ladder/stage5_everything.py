@@ -22,7 +22,7 @@ constraint `branching`: a block of the hot loop is two products, one exp2 a scor
 
 Expected: `tensor pipe active` at headdim 128, full, 8k from stage 4's level to 97 %, no masked
 instruction outside the peeled blocks. What limits it: the tensor pipe (then power) at headdim 128,
-issue slots and MUFU together at headdim 64, and at short seqlen the work between two tiles.
+tensor pipe and MUFU together at headdim 64, and at short seqlen the work between two tiles.
 """
 
 from triton.experimental import gluon

@@ -1,23 +1,27 @@
-"""Runs that complete a recorded one: timings and serving that it lacks, measured later.
+"""Runs that complete a recorded one: timings, host costs and serving that it lacks, measured later.
 
 `measurements/<device>/addenda/<run>/` is a whole run of one board, with its own checks, of which
-the timings and the parts of serving are rendered beside those of the recorded run. Each file is
-rendered from one run, so a ratio never crosses two; every row says which run it is from. A check
-that failed there counts as a failure of the recorded run's; suites that were not checked there are
-rendered, too.
+the timings, the host costs and the parts of serving are rendered beside those of the recorded run.
+Each file is rendered from one run, so a ratio never crosses two; every row says which run it is
+from. A check that failed there counts as a failure of the recorded run's, and one of the kernel and
+problem that are here stands for a recorded one that is stale; suites that the recorded run did not
+check are rendered, too.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from attn_profiling.promote import LIMIT_BYTES, NotPromoted, complete, copied
-from attn_profiling.record import Record, read, stale
+from attn_ladder.problem import Problem, read_problems
+from attn_profiling import host_pairs
+from attn_profiling.promote import LIMIT_BYTES, NotPromoted, complete, copied, kind_of
+from attn_profiling.record import Record, read, stale, stale_problem
 
 FOLDER = "addenda"
-KINDS = ("timing", "serving")
+KINDS = ("timing", "host", "serving")
 
 
 def runs(raw: Path) -> list[Path]:
@@ -27,7 +31,7 @@ def runs(raw: Path) -> list[Path]:
 
 def files(raw: Path, kind: str) -> list[Path]:
     """The records of a kind, by name: those of the run in `raw` and of its addenda, which take the
-    place of one that was interrupted there, or whose kernel has changed since."""
+    place of those there that do not stand (see `fault`)."""
     found = {path.name: path for path in (raw / kind).glob("*.json")}
     for run in runs(raw) if kind in KINDS else ():
         found |= {path.name: path for path in (run / kind).glob("*.json")}
@@ -44,20 +48,37 @@ def added_by(raw: Path, run: Path) -> list[str]:
     return sorted(name for name, path in added(raw).items() if path.parent.parent == run)
 
 
-def add(run_dir: Path, recorded: Path | None = None) -> Path:
+def replaced(
+    raw: Path, names: Iterable[str], problems: Mapping[str, Problem]
+) -> dict[str, str | None]:
+    """{name: `fault` of the record in `raw`} of the names of records that `raw` has, too."""
+    return {
+        name: fault(read(raw / name, kind_of(name)), problems)
+        for name in names
+        if (raw / name).is_file()
+    }
+
+
+def add(
+    run_dir: Path,
+    recorded: Path | None = None,
+    problems: Path = Path("config/problems.tsv"),
+) -> Path:
     """Copy a complete run to the addenda of the recorded run of its device.
 
     Raises `NotPromoted` and changes nothing if the run is incomplete, has other steps than checks,
-    timings and serving, repeats what was recorded whole and still stands, or is of another machine
-    or configuration (but for how bursts are made) than the recorded run.
+    timings, host costs and serving, repeats what was recorded and still stands, or is of another
+    machine or configuration (but for how bursts are made) than the recorded run. Without the table
+    `problems` it is not asked whether a recorded problem is still the same.
     """
+    known = read_problems(problems) if problems.is_file() else {}
     records = complete(run_dir)
     device = records["device.json"]
     recorded = recorded or Path("measurements") / device["device"]
     if not (recorded / "device.json").is_file():
         raise NotPromoted(f"{recorded}: no recorded run that {run_dir} could complete; promote one")
     wrong = [
-        f"{name}: only checks, timings and serving can be added"
+        f"{name}: only checks, timings, host costs and serving can be added"
         for name in records
         if name.split("/")[0] not in ("device.json", "check", *KINDS)
     ]
@@ -67,7 +88,7 @@ def add(run_dir: Path, recorded: Path | None = None) -> Path:
         for name, path in _held(recorded).items()
         if name in records
         and not path.is_relative_to(target)
-        and _stands(json.loads(path.read_text()))
+        and fault(json.loads(path.read_text()), known) is None
     ]
     here, there = (_machine(d) for d in (device, read(recorded / "device.json", "device")))
     wrong += [
@@ -88,11 +109,19 @@ def add(run_dir: Path, recorded: Path | None = None) -> Path:
     return target
 
 
-def _stands(record: Record) -> bool:
-    """Whether a record is whole, of kernels that are still the ones that are here."""
-    return "closed" not in record["provenance"] and not any(
-        stale(record, subject) for subject in record["subjects"]
-    )
+def fault(record: Record, problems: Mapping[str, Problem]) -> str | None:
+    """Why a record may be replaced; None where it stands. `problems` is the table, or empty."""
+    entries = record.get("problems", ())
+    if "closed" in record["provenance"]:
+        return "interrupted"
+    if any(stale(record, subject) for subject in record["subjects"]):
+        return "kernel changed"
+    if problems and any(stale_problem(record, entry["problem"], problems) for entry in entries):
+        return "problem changed"
+    of_host = record["schema"].split("/")[1] == "host"
+    if of_host and any(host_pairs.off(entry["samples"]) for entry in entries):
+        return "A/A off"
+    return None
 
 
 def _held(recorded: Path) -> dict[str, Path]:

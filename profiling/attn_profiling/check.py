@@ -64,8 +64,10 @@ AT_ONCE = max(1, min(8, (os.cpu_count() or 2) // 2))
 class Verdict:
     """What comparing one output gave. `message` is None where it is right.
 
-    `unit_error` is the largest error on inputs of unit scale. `allclose` says whether an fp16
-    output of such inputs is close to PyTorch's SDPA on all heads, within `RTOL` and `ATOL`.
+    `unit_error` is the largest error on inputs of unit scale. `unit_share` is the largest error
+    over bound of such inputs, `unit_reference_error` and `unit_bound` are PyTorch's error and the
+    bound there. `allclose` says whether an fp16 output of such inputs is close to PyTorch's SDPA on
+    all heads, within `RTOL` and `ATOL`.
     """
 
     message: str | None
@@ -75,6 +77,9 @@ class Verdict:
     lse_error: float | None
     unit_error: float | None = None
     allclose: bool | None = None
+    unit_reference_error: float | None = None
+    unit_bound: float | None = None
+    unit_share: float | None = None
 
 
 def sdpa_can(problem: Problem) -> bool:
@@ -178,10 +183,19 @@ class Oracle:
                     f"batch {b} head {h} is {away.max().item():.3g} away from PyTorch's SDPA,"
                     f" more than {ELSEWHERE:g} x {self.bound:.3g}"
                 )
-        unit, close = error if self._unit_scale else None, None
+        close = None
         if self._sdpa is not None and problem.dtype == "fp16":
             close = self._torch.allclose(out, self._sdpa, rtol=RTOL, atol=ATOL)
-        return Verdict(message, error, self.reference_error, self.bound, lse_error, unit, close)
+        found = Verdict(message, error, self.reference_error, self.bound, lse_error, allclose=close)
+        if not self._unit_scale:
+            return found
+        return replace(
+            found,
+            unit_error=error,
+            unit_reference_error=self.reference_error,
+            unit_bound=self.bound,
+            unit_share=error / self.bound if self.bound else None,
+        )
 
     def _wrong_form(self, out: Any, lse: Any) -> str | None:
         problem = self._problem
@@ -245,7 +259,7 @@ def check_subject(
         verdict = _worse(verdict, again)
     if verdict.message is None:
         if views:
-            first, when = strided(torch, first), "on inputs with other strides: "
+            first, when = strided(first), "on inputs with other strides: "
         else:
             when = "on inputs at other addresses: "
         moved = _call(torch, problem, forward, first, before, when)
@@ -331,8 +345,14 @@ def _worse(a: Verdict, b: Verdict) -> Verdict:
     worse = b if b.message is not None or (b.max_error or 0.0) > (a.max_error or 0.0) else a
     errors = [v.unit_error for v in (a, b) if v.unit_error is not None]
     close = [v.allclose for v in (a, b) if v.allclose is not None]
+    nearest = max((a, b), key=lambda v: -1.0 if v.unit_share is None else v.unit_share)
     return replace(
-        worse, unit_error=max(errors, default=None), allclose=all(close) if close else None
+        worse,
+        unit_error=max(errors, default=None),
+        allclose=all(close) if close else None,
+        unit_reference_error=nearest.unit_reference_error,
+        unit_bound=nearest.unit_bound,
+        unit_share=nearest.unit_share,
     )
 
 
@@ -406,6 +426,9 @@ def result(
         "bound": number(verdict.bound) if verdict else None,
         "lse_error": number(verdict.lse_error) if verdict else None,
         "unit_error": number(verdict.unit_error) if verdict else None,
+        "unit_reference_error": number(verdict.unit_reference_error) if verdict else None,
+        "unit_bound": number(verdict.unit_bound) if verdict else None,
+        "unit_share": number(verdict.unit_share) if verdict else None,
         "allclose": verdict.allclose if verdict else None,
         "heads": [list(pair) for pair in heads] if heads else None,
         "strided": views if verdict else None,

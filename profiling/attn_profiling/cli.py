@@ -272,7 +272,10 @@ def promote_command(
         Path | None, typer.Option(help="Default: measurements/<device of the run>.")
     ] = None,
     add: Annotated[
-        bool, typer.Option("--add", help="Beside the recorded run: timings and serving it lacks.")
+        bool,
+        typer.Option(
+            "--add", help="Beside the recorded run: what it lacks of timings, host costs, serving."
+        ),
     ] = False,
 ) -> None:
     """Make a complete run the recorded one of its device, replacing what was there, or with --add

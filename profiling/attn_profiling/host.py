@@ -12,6 +12,9 @@ problems in the order of the table, so in the suite `gate` its first is gate-b1:
 kernel is loaded; imports, the CUDA context, the inputs and what the subjects before it brought
 (Triton's driver) are already there. On the later ones it tells whether anything is compiled again
 for another batch.
+
+A problem whose A/A pair is off, as a disturbed process leaves it, is measured again in new
+processes, at most `measuring.max_attempts` times in all; every attempt is kept.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from typing import Any
 
 from attn_ladder.problem import Problem
 from attn_ladder.stage import kernel_hash
+from attn_profiling import host_pairs
 from attn_profiling.check import explain, gate, poisons_process
 from attn_profiling.compile_cache import forget_hashes
 from attn_profiling.guard import Guard
@@ -44,6 +48,7 @@ from attn_profiling.record import (
 )
 from attn_profiling.session import Session, closed_header, timed_beside
 from attn_profiling.settings import Measuring, Settings
+from attn_profiling.sources import ENTRIES, entry_hash
 from attn_profiling.timing import Choices, known_choices, with_twin
 from attn_profiling.workers import Reporter, Worker, WorkerDied
 
@@ -248,6 +253,17 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def with_first_calls(again: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """The samples of a later attempt with the first calls of the first one: those of its own were
+    made in processes that had not measured the problems before."""
+    mixed = {}
+    for name, samples in again.items():
+        mixed[name] = {kind: times for kind, times in samples.items() if kind != "first_call_ms"}
+        if "first_call_ms" in first.get(name, {}):
+            mixed[name]["first_call_ms"] = first[name]["first_call_ms"]
+    return mixed
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is measured in a suite, and where the results of single processes are kept."""
@@ -262,14 +278,17 @@ class Plan:
         """The subjects that passed their check."""
         return [name for name, why in self.allowed[problem.id].items() if why is None]
 
-    def row(self, problem: Problem, results: list[dict[str, Any]]) -> dict[str, Any]:
-        """A problem as it stands in the record."""
+    def row(self, problem: Problem, attempts: list[dict[str, Any]]) -> dict[str, Any]:
+        """A problem as it stands in the record, from the merged samples of its attempts: those of
+        the last one count."""
         reasons = self.allowed[problem.id].items()
-        return {
+        taken = attempts[:1] + [with_first_calls(each, attempts[0]) for each in attempts[1:]]
+        row = {
             "problem": self.fields[problem.id],
-            "samples": merge(results) if results else {},
+            "samples": taken[-1] if taken else {},
             "left_out": {name: why for name, why in reasons if why is not None},
         }
+        return {**row, "earlier": taken[:-1]} if len(taken) > 1 else row
 
 
 def plan(settings: Settings, suite: str, content: Record, hashes: Mapping[str, str]) -> Plan:
@@ -279,10 +298,11 @@ def plan(settings: Settings, suite: str, content: Record, hashes: Mapping[str, s
     fields = {p.id: problem_fields(p) for p in problems}
     known = known_choices(settings.run_dir, suite)
     chosen = {p.id: known.get(p.id, {}) for p in problems}
+    entries = {f"{name} entry": str(entry_hash(name)) for name in hashes if name in ENTRIES}
 
     def key(p: Problem) -> str:
         passed = ",".join(name for name, why in allowed[p.id].items() if why is None)
-        mixed = {**hashes, "with": passed, "chosen": repr(chosen[p.id])}
+        mixed = {**hashes, **entries, "with": passed, "chosen": repr(chosen[p.id])}
         return content_key(content, fields[p.id], mixed)
 
     return Plan(
@@ -294,26 +314,68 @@ def plan(settings: Settings, suite: str, content: Record, hashes: Mapping[str, s
     )
 
 
+def record_of(header: Record, rows: list[dict[str, Any]]) -> Record:
+    """The record of a suite: its header, which also tells the entry that users call, and rows."""
+    subjects = {
+        name: {**entry, "entry_hash": entry_hash(name)} if name in ENTRIES else entry
+        for name, entry in header["subjects"].items()
+    }
+    return {**header, "subjects": subjects, "problems": rows}
+
+
 def run(settings: Settings, suite: str, out: Path) -> Record:
     """Measure a suite and write the record. Goes on where an earlier try was stopped."""
-    from attn_profiling.progress import progress
+    from attn_profiling.progress import console
 
-    measuring = settings.measuring
     session = Session(settings, settings.subjects_of(suite, "host"))
     hashes = {name: entry["kernel_hash"] for name, entry in session.subjects.items()}
     planned = plan(settings, suite, session.content, hashes)
-    problems, store = planned.problems, planned.store
+    taken: dict[str, list[dict[str, Any]]] = {p.id: [] for p in planned.problems}
+    pending = planned.problems
     log = out.parent / ".partial" / f"{suite}.log"
+    for attempt in range(1, settings.measuring.max_attempts + 1):
+        title = f"host {suite}" + (f", attempt {attempt}" if attempt > 1 else "")
+        results = _attempt(title, attempt, pending, planned, settings, session.environment, log)
+        for p in pending:
+            taken[p.id].append(merge(results[p.id]))
+        off = {p.id: host_pairs.off(taken[p.id][-1]) for p in pending}
+        pending = [p for p in pending if off[p.id]]
+        for p in pending:
+            told = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in off[p.id].items())
+            console.print(
+                f"{p.id}, attempt {attempt}: the A/A pair is off: {told}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        if not pending:
+            break
+    rows = [planned.row(p, taken[p.id]) for p in planned.problems]
+    data = record_of(session.header("host", suite), rows)
+    write(out, data, "host")
+    planned.store.clear()
+    return data
+
+
+def _attempt(
+    title: str,
+    attempt: int,
+    problems: list[Problem],
+    planned: Plan,
+    settings: Settings,
+    environment: Mapping[str, str],
+    log: Path,
+) -> dict[str, list[dict[str, Any]]]:
+    """What every process measured of the problems, in new workers; each result is kept at once."""
+    from attn_profiling.progress import progress
+
+    measuring, store = settings.measuring, planned.store
     results: dict[str, list[dict[str, Any]]] = {p.id: [] for p in problems}
-    with (
-        progress(f"host {suite}", len(problems) * measuring.processes) as tell,
-        ExitStack() as workers,
-    ):
+    with progress(title, len(problems) * measuring.processes) as tell, ExitStack() as workers:
         begun: list[tuple[int, list[Problem], Worker]] = []
         for process in range(measuring.processes):
             todo = []
             for p in problems:
-                found = store.get(1, process, p)
+                found = store.get(attempt, process, p)
                 if found is None:
                     todo.append(p)
                 else:
@@ -321,7 +383,7 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
                     tell(p.id)
             if todo:
                 everyone = sorted({name for p in todo for name in planned.runnable(p)})
-                worker = Worker("host", [",".join(everyone)], log, session.environment)
+                worker = Worker("host", [",".join(everyone)], log, environment)
                 workers.callback(worker.close)
                 begun.append((process, todo, worker))
         current = begun[0][1][0].id if begun else ""
@@ -335,7 +397,7 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
                 worker.begin(
                     {
                         "measuring": settings.measuring_fields,
-                        "seed": measuring.seed + process,
+                        "seed": measuring.seed + 1000 * (attempt - 1) + process,
                         "problems": [
                             {
                                 "problem": planned.fields[p.id],
@@ -352,28 +414,22 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
                         continue
                     result = message["result"]
                     results[current].append(result)
-                    store.put(1, process, settings.problems[current], result)
+                    store.put(attempt, process, settings.problems[current], result)
                     tell(current)
         except WorkerDied as error:
             raise MeasureError(
                 f"problem {current}, process {process + 1}: {error}\nWhat was measured before"
                 " it is kept; the same command goes on from there"
             ) from None
-    data = {
-        **session.header("host", suite),
-        "problems": [planned.row(p, results[p.id]) for p in problems],
-    }
-    write(out, data, "host")
-    store.clear()
-    return data
+    return results
 
 
 def close(settings: Settings, suite: str, out: Path) -> Record:
     """Write the record of a suite that was interrupted for good, without a GPU.
 
-    A problem that not every process measured is left out, with the reason; of the rest see
-    `closed_header`. Raises `MeasureError` if kernels or configuration are no longer those of the
-    run, or no problem is whole.
+    What counts of a problem are the attempts that every process made; one without any is left out,
+    with the reason. Of the rest see `closed_header`. Raises `MeasureError` if kernels or
+    configuration are no longer those of the run, or no problem is whole.
     """
     beside = timed_beside(settings.run_dir, suite)
     sibling = beside[1]
@@ -383,26 +439,29 @@ def close(settings: Settings, suite: str, out: Path) -> Record:
         raise MeasureError(f"{suite}: {missing[0]} was not timed in this run; measure the suite")
     hashes = {name: kernel_hash(name) for name in names}
     planned = plan(settings, suite, sibling["content"], hashes)
-    processes = range(settings.measuring.processes)
+    processes = settings.measuring.processes
     rows, whole = [], 0
     for p in planned.problems:
-        found = [planned.store.get(1, process, p) for process in processes]
-        results = [result for result in found if result is not None]
-        if len(results) == len(processes):
+        attempts, lacking = [], 0
+        for attempt in range(1, settings.measuring.max_attempts + 1):
+            stored = [planned.store.get(attempt, process, p) for process in range(processes)]
+            results = [result for result in stored if result is not None]
+            if len(results) < processes:
+                lacking = len(results)
+                break
+            attempts.append(merge(results))
+        row = planned.row(p, attempts)
+        if attempts:
             whole += 1
-            rows.append(planned.row(p, results))
-            continue
-        why = f"interrupted: {len(results)} of {len(processes)} processes measured it"
-        row = planned.row(p, [])
-        rows.append({**row, "left_out": {**dict.fromkeys(names, why), **row["left_out"]}})
+        else:
+            why = f"interrupted: {lacking} of {processes} processes measured it"
+            row["left_out"] = {**dict.fromkeys(names, why), **row["left_out"]}
+        rows.append(row)
     if not whole:
         raise MeasureError(
             f"{suite}: no problem was measured by every process with the kernels that are here;"
             " go on measuring with the same run, or check out its commit"
         )
-    data = {
-        **closed_header("host", beside, names, planned.store.files()),
-        "problems": rows,
-    }
+    data = record_of(closed_header("host", beside, names, planned.store.files()), rows)
     write(out, data, "host")
     return data

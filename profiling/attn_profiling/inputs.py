@@ -39,13 +39,13 @@ GROWTH = 40.0
 GROWTH_KEYS = 128
 
 
-def strided(torch: Any, inputs: Tensors) -> Tensors:
+def strided(inputs: Tensors) -> Tensors:
     """The same values as views of larger tensors, with NaN around each: no dimension but the last
     is contiguous, and all strides are multiples of 16 bytes."""
 
     def view(x: Any) -> Any:
         batch, seqlen, nheads, headdim = x.shape
-        room = torch.full((batch, seqlen + 1, nheads + 1, headdim), float("nan")).to(x)
+        room = x.new_full((batch, seqlen + 1, nheads + 1, headdim), float("nan"))
         room[:, :seqlen, :nheads] = x
         return room[:, :seqlen, :nheads]
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_ladder.problem import Problem
-from attn_profiling.sources import is_known, source_hash
+from attn_profiling.sources import entry_hash, is_known, source_hash
 
 KINDS = ("device", "check", "timing", "host", "ncu", "decode", "model")
 VERSION = 1
@@ -193,7 +193,8 @@ def content_key(
 def stale(record: Record, subject: str) -> str | None:
     """Why a recorded subject no longer stands for the source that is here, or None.
 
-    A sentence with the commit the record came from: its kernel changed, or is gone.
+    A sentence with the commit the record came from: its kernel changed, or is gone, or the entry
+    that users call changed, where that was recorded.
     """
     name = subject.split("#")[0]
     commit = str(record["provenance"]["commit"])[:12]
@@ -207,6 +208,12 @@ def stale(record: Record, subject: str) -> str | None:
         return (
             f"{subject} was recorded at commit {commit} with kernel hash"
             f" {recorded['kernel_hash']}; the source here has {found}: measure it again"
+        )
+    entry = recorded.get("entry_hash")
+    if entry is not None and entry != entry_hash(name):
+        return (
+            f"{subject} was recorded at commit {commit} through an entry with hash {entry}; the"
+            f" source here has {entry_hash(name)}: measure it again"
         )
     return None
 

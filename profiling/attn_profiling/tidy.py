@@ -21,8 +21,9 @@ import numpy as np
 
 from attn_ladder import stage
 from attn_ladder.problem import Problem, read_problems
-from attn_profiling import addenda, metrics, ncu_rep, record, stats, tidy_serving
+from attn_profiling import addenda, host_pairs, metrics, ncu_rep, record, stats, tidy_serving
 from attn_profiling.config import MODEL
+from attn_profiling.host_pairs import HOST_PAIRS, HOST_TOLERANCE
 from attn_profiling.stats import Interval
 
 METRICS_COLUMNS = (
@@ -62,16 +63,6 @@ BEST = "best"
 REFERENCE_PEER = "fa3"
 READERS = min(2, os.cpu_count() or 1)
 """Reports that are read side by side; each takes about 2 GB."""
-HOST_TOLERANCE = 0.1
-"""How far from 1 the host's A/A pair may be: host times repeat less well than GPU times."""
-HOST_PAIRS = {
-    "launch_share": ("eager_latency_us", "graph_gpu_us"),
-    "launch_share_graph": ("graph_latency_us", "graph_gpu_us"),
-    "per_sequence_eager": ("eager_latency_us",),
-    "eager_gain": ("eager_latency_us",),
-    "host_over_fa3": ("eager_host_us",),
-}
-"""The kinds of host time that a metric is made of: their A/A pairs have to agree."""
 
 Row = dict[str, Any]
 Open = Callable[[bytes, str, Sequence[str]], list[metrics.Kernel]]
@@ -83,13 +74,6 @@ _SAMPLED = {
     "power_w": "W",
     "energy_mj": "mJ",
 }
-_HOST = (
-    "eager_host_us",
-    "eager_latency_us",
-    "graph_latency_us",
-    "graph_gpu_us",
-    "fresh_pointer_host_us",
-)
 
 
 @dataclass
@@ -199,10 +183,10 @@ class Run:
             for run in addenda.runs(raw)
             for path in sorted((run / "check").glob("*.json"))
         ]
-        names = {path.name for path, _ in self.checks}
-        lacking = [(path, data) for path, data in late if path.name not in names]
-        self.checks += lacking
-        self.checked_again = [(path, data) for path, data in late if path.name in names]
+        self.checked_again: list[tuple[Path, record.Record]] = []
+        for path, data in late:
+            held = path.name in {p.name for p, _ in self.checks}
+            (self.checked_again if held else self.checks).append((path, data))
         self.timings = self._all("timing")
         self.hosts = self._all("host")
         self.profiles = self._all("ncu")
@@ -210,7 +194,7 @@ class Run:
         self.models = [(p, record.read(p, "model")) for p in served if p.name == "model.json"]
         self.decodes = [(p, record.read(p, "decode")) for p in served if p.name != "model.json"]
         machines = {path.parent: data for path, data in self.machines()}
-        for path, data in self.records():
+        for path, data in (*self.records(), *self.checked_again):
             folder = path.parent if path.name == "device.json" else path.parent.parent
             if data["run"] != machines[folder]["run"]:
                 raise ValueError(
@@ -220,13 +204,13 @@ class Run:
         self._run_of = {(data["suite"], data["regime"]): data["run"] for _, data in self.timings}
         self._run_of |= {(data["suite"], None): data["run"] for _, data in self.decodes}
         self._run_of |= {(data["suite"] or MODEL, None): data["run"] for _, data in self.models}
-        self._run_of |= {(data["suite"], NO_REGIME): data["run"] for _, data in lacking}
 
     def _all(self, kind: str) -> list[tuple[Path, dict[str, Any]]]:
         return [(path, record.read(path, kind)) for path in addenda.files(self.raw, kind)]
 
     def name_of(self, suite: str, regime: str) -> str:
-        """The id of the run that a suite was measured in: this one's, or that of an addendum."""
+        """The id of the run that a suite was timed or served in, or its counters read: this one's,
+        or that of an addendum."""
         found = self._run_of.get((suite, regime)) or self._run_of.get((suite, None))
         return str(found or self.device["run"])
 
@@ -276,9 +260,10 @@ class Tidier:
         regime: str,
         name: str,
         unit: str,
+        run: str | None = None,
         **values: float,
     ) -> None:
-        self.row(suite, problem.id, problem.dtype, subject, regime, name, unit, **values)
+        self.row(suite, problem.id, problem.dtype, subject, regime, name, unit, run, **values)
 
     def row(
         self,
@@ -289,13 +274,15 @@ class Tidier:
         regime: str,
         name: str,
         unit: str,
+        run: str | None = None,
         **values: float,
     ) -> None:
-        """A metric of what need not be a problem of the table."""
+        """A metric of what need not be a problem of the table; `run` is named where suite and
+        regime do not tell it."""
         for statistic, value in values.items():
             self.tables.metrics.append(
                 {
-                    "run": self.run.name_of(suite, regime),
+                    "run": run or self.run.name_of(suite, regime),
                     "device": self.device,
                     "suite": suite,
                     "problem": problem,
@@ -318,6 +305,7 @@ class Tidier:
         name: str,
         unit: str,
         found: Interval,
+        run: str | None = None,
     ) -> None:
         self.metric(
             suite,
@@ -326,6 +314,7 @@ class Tidier:
             regime,
             name,
             unit,
+            run,
             median=found.value,
             ci_low=found.low,
             ci_high=found.high,
@@ -428,43 +417,75 @@ class Tidier:
 
     # -- the kinds of raw files
 
-    def failed_again(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """By problem and subject, the results of checks that failed when an addendum was made."""
-        found = {}
+    def checked_again(self) -> dict[tuple[str, str], tuple[str, dict[str, Any]]]:
+        """By problem and subject, (run, result) of the checks that were made with an addendum, of
+        what is still here; where one failed, that one."""
+        found: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
         for path, data in self.run.checked_again:
             for result in data["results"]:
                 problem, subject = record.problem_of(result["problem"]), result["subject"]
-                if result["status"] == "failed" and not self.is_stale(path, data, subject):
+                failed = result["status"] == "failed"
+                if failed and self._is_outdated(path, data, result):
+                    continue
+                if failed:
                     reason = f"run {data['run']}: {result['message']}"
                     self.left_out(data, problem, subject, "failed", reason)
-                    found[problem.id, subject] = result
+                elif self._outdated(data, result):
+                    continue
+                _, held = found.get((problem.id, subject), ("", None))
+                if held is None or (held["status"] != "failed" and not result["ok"]):
+                    found[problem.id, subject] = (data["run"], result)
         return found
 
+    def _outdated(self, data: record.Record, result: Mapping[str, Any]) -> bool:
+        """Whether a result of a check is stale; nothing is noted."""
+        changed = record.stale_problem(data, result["problem"], self.known)
+        return bool(changed or record.stale(data, result["subject"]))
+
+    def _is_outdated(self, path: Path, data: record.Record, result: Mapping[str, Any]) -> bool:
+        """The same, and the reason is noted."""
+        changed = self.is_stale_problem(path, data, result["problem"])
+        return changed or self.is_stale(path, data, result["subject"])
+
     def checks(self) -> None:
-        """Results of the recorded run; one that failed in an addendum counts as it was there."""
-        again = self.failed_again()
+        """Results of the recorded run; one that failed in an addendum counts as it was there, and
+        one that is stale gives way to that of an addendum."""
+        again = self.checked_again()
         for path, data in self.run.checks:
-            for result, problem in self.entries(path, data, "results"):
-                subject, suite = result["subject"], data["suite"]
-                if self.is_stale(path, data, subject):
-                    continue
-                if result["status"] != "ok":
-                    self.left_out(data, problem, subject, result["status"], result["message"])
-                failed = again.get((problem.id, subject), {})
-                if result["status"] != "unsupported":
-                    wrong = failed and failed["identical_runs"] is None  # not only other bits
-                    right = result["ok"] and not wrong
-                    self.metric(suite, problem, subject, NO_REGIME, "correct", "1", value=right)
-                for name in (
-                    "max_error", "reference_error", "bound", "lse_error", "unit_error", "allclose",
-                    "strided", "identical_runs", "streams", "graph",
-                ):  # fmt: skip
-                    value = result.get(name)
-                    if value is not None and name in ("identical_runs", "streams", "graph"):
-                        there = failed.get(name)
-                        value = value if there is None else min(value, there)
-                    if value is not None:
-                        self.metric(suite, problem, subject, NO_REGIME, name, "1", value=value)
+            for result in data["results"]:
+                key = (result["problem"]["id"], result["subject"])
+                run, later = again.get(key, ("", {}))
+                failed = later if later.get("status") == "failed" else {}
+                if later and self._outdated(data, result):
+                    self._checked(data, run, later, failed)
+                elif not self._is_outdated(path, data, result):
+                    self._checked(data, data["run"], result, failed)
+
+    def _checked(
+        self, data: record.Record, run: str, result: dict[str, Any], failed: Mapping[str, Any]
+    ) -> None:
+        """The rows of a result of `run` in the suite of `data`. `failed` is the result of a check
+        that failed in an addendum, else empty."""
+        problem = record.problem_of(result["problem"])
+        subject, suite = result["subject"], data["suite"]
+        if result["status"] != "ok" and result is not failed:
+            told = result["message"] if run == data["run"] else f"run {run}: {result['message']}"
+            self.left_out(data, problem, subject, result["status"], told)
+        if result["status"] != "unsupported":
+            wrong = failed and failed["identical_runs"] is None  # not only other bits
+            right = result["ok"] and not wrong
+            self.metric(suite, problem, subject, NO_REGIME, "correct", "1", run, value=right)
+        for name in (
+            "max_error", "reference_error", "bound", "lse_error", "unit_error",
+            "unit_reference_error", "unit_bound", "unit_share", "allclose",
+            "strided", "identical_runs", "streams", "graph",
+        ):  # fmt: skip
+            value = result.get(name)
+            if value is not None and name in ("identical_runs", "streams", "graph"):
+                there = failed.get(name)
+                value = value if there is None else min(value, there)
+            if value is not None:
+                self.metric(suite, problem, subject, NO_REGIME, name, "1", run, value=value)
 
     def timings(self) -> None:
         for path, data in self.run.timings:
@@ -618,65 +639,65 @@ class Tidier:
         return ratios
 
     def hosts(self) -> None:
+        """Each record is of one run, and so is every row: what is compared is of one record."""
         for path, data in self.run.hosts:
-            suite = data["suite"]
+            suite, run = data["suite"], data["run"]
             latencies: dict[str, dict[int, tuple[Problem, stats.Replicates]]] = {}
             for entry, problem in self.entries(path, data):
-                pairs = self._host_pair(path, data, problem, entry["samples"])
+                pairs = self._host_pair(path, data, problem, entry)
                 fa3 = entry["samples"].get(REFERENCE_PEER)
                 if fa3 and self.is_stale(path, data, REFERENCE_PEER):
                     fa3 = None
                 for subject, taken in entry["samples"].items():
                     if self.is_stale(path, data, subject):
                         continue
-                    drawn = {n: stats.replicates(taken[n]) for n in _HOST if taken.get(n)}
+                    drawn = {
+                        n: stats.replicates(taken[n]) for n in host_pairs.KINDS if taken.get(n)
+                    }
                     if fa3 and subject != REFERENCE_PEER:
                         base = stats.replicates(fa3["eager_host_us"])
                         cost = drawn["eager_host_us"].map(lambda us, fa3_us: us / fa3_us, base)
                         found = cost.interval()
                         self.interval(
-                            suite, problem, subject, NO_REGIME, "host_over_fa3", "1", found
+                            suite, problem, subject, NO_REGIME, "host_over_fa3", "1", found, run
                         )
                     for name, sampled in drawn.items():
                         found = sampled.interval()
-                        self.interval(suite, problem, subject, NO_REGIME, name, "us", found)
+                        self.interval(suite, problem, subject, NO_REGIME, name, "us", found, run)
                     if "first_call_ms" in taken:
-                        slowest = max(taken["first_call_ms"])
-                        self.metric(
-                            suite, problem, subject, NO_REGIME, "first_call_ms", "ms", value=slowest
-                        )
-                    self._launch_share(suite, problem, subject, drawn)
+                        place = (suite, problem, subject, NO_REGIME, "first_call_ms", "ms", run)
+                        self.metric(*place, value=max(taken["first_call_ms"]))
+                    self._launch_share(data, problem, subject, drawn)
                     before = entry["samples"].get(stage_before(subject))
                     if before and not self.is_stale(path, data, stage_before(subject)):
                         base = stats.replicates(before["eager_latency_us"])
                         gain = base.map(lambda us, own: us / own, drawn["eager_latency_us"])
+                        found = gain.interval()
                         self.interval(
-                            suite, problem, subject, NO_REGIME, "eager_gain", "1", gain.interval()
+                            suite, problem, subject, NO_REGIME, "eager_gain", "1", found, run
                         )
                     if agree(pairs, "per_sequence_eager"):
                         by_batch = latencies.setdefault(subject, {})
                         by_batch[problem.batch] = (problem, drawn["eager_latency_us"])
             for subject, by_batch in latencies.items():
-                self._per_sequence(suite, subject, NO_REGIME, "per_sequence_eager", by_batch)
+                self._per_sequence(suite, subject, NO_REGIME, "per_sequence_eager", by_batch, run)
 
     def _host_pair(
-        self, path: Path, data: record.Record, problem: Problem, samples: Mapping[str, Any]
+        self, path: Path, data: record.Record, problem: Problem, entry: Mapping[str, Any]
     ) -> dict[str, float]:
         """The A/A pair's ratio of each kind of host time, by the name of its metric. Without a pair
         nothing is known, and there is no row."""
-        suite = data["suite"]
-        twin = next((s for s in samples if "#" in s and base_name(s) in samples), None)
+        suite, run, samples = data["suite"], data["run"], entry["samples"]
+        twin = host_pairs.twin_of(samples)
         if twin is None or self.is_stale(path, data, twin):
             return {}
         subject = base_name(twin)
-        ratios: dict[str, float] = {}
-        for name in _HOST:
-            again, first = samples[twin].get(name), samples[subject].get(name)
-            if again and first:
-                medians = [float(np.median(np.concatenate(taken))) for taken in (again, first)]
-                ratios[f"aa_{name}"] = medians[0] / medians[1]
+        ratios = {f"aa_{kind}": ratio for kind, ratio in host_pairs.ratios(samples).items()}
         for name, ratio in ratios.items():
-            self.metric(suite, problem, subject, NO_REGIME, name, "1", value=ratio)
+            self.metric(suite, problem, subject, NO_REGIME, name, "1", run, value=ratio)
+        if "earlier" in entry:
+            made = 1 + len(entry["earlier"])
+            self.metric(suite, problem, subject, NO_REGIME, "attempts", "1", run, value=made)
         off = {name: r for name, r in ratios.items() if abs(r - 1) > HOST_TOLERANCE}
         if off:
             told = ", ".join(f"{n.removeprefix('aa_')} {ratio:.3f}" for n, ratio in off.items())
@@ -693,7 +714,11 @@ class Tidier:
         return ratios
 
     def _launch_share(
-        self, suite: str, problem: Problem, subject: str, taken: Mapping[str, stats.Replicates]
+        self,
+        data: record.Record,
+        problem: Problem,
+        subject: str,
+        taken: Mapping[str, stats.Replicates],
     ) -> None:
         """The part of a call's latency in which its kernels do not run, eager and in a graph.
 
@@ -715,7 +740,8 @@ class Tidier:
                 low=100 * (1 - gpu.high),
                 high=100 * (1 - gpu.low),
             )
-            self.interval(suite, problem, subject, NO_REGIME, name, "%", share)
+            place = (data["suite"], problem, subject, NO_REGIME, name, "%")
+            self.interval(*place, share, data["run"])
 
     def _energies(
         self, suite: str, problem: Problem, regime: str, samples: Mapping[str, Any]
@@ -773,13 +799,14 @@ class Tidier:
         regime: str,
         name: str,
         by_batch: Mapping[int, tuple[Problem, stats.Replicates]],
+        run: str | None = None,
     ) -> None:
         if 1 not in by_batch:
             return
         for batch, (problem, many) in sorted(by_batch.items()):
             if batch > 1:
                 gain = by_batch[1][1].map(lambda one, us, n=batch: n * one / us, many)
-                self.interval(suite, problem, subject, regime, name, "1", gain.interval())
+                self.interval(suite, problem, subject, regime, name, "1", gain.interval(), run)
 
     def profiles(self) -> None:
         """Counters count for every suite that holds a problem and was profiled, though a problem
@@ -889,6 +916,7 @@ class Tidier:
 
     def _addendum(self, folder: Path, data: record.Record) -> dict[str, Any]:
         files = addenda.added_by(self.run.raw, folder)
+        replaced = addenda.replaced(self.run.raw, files, self.known)
         return {
             "run": data["run"],
             "gpu_uuid": data["provenance"]["gpu_uuid"],
@@ -896,7 +924,8 @@ class Tidier:
             "started": data["provenance"]["started"],
             "measuring": data["content"]["measuring"],
             "files": files,
-            "replaced": [name for name in files if (self.run.raw / name).is_file()],
+            "replaced": list(replaced),
+            "replaced_why": replaced,
         }
 
     def tables_of_run(self) -> Tables:

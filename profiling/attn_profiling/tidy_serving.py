@@ -266,4 +266,6 @@ def _speed(tidier: Tidier, path: Path, data: record.Record, dtype: str) -> None:
             "median": rate.value, "ci_low": rate.low, "ci_high": rate.high,
             "n_processes": rate.n_processes, "n": rate.n,
         }  # fmt: skip
-        tidier.row(MODEL, problem, dtype, subject, "-", "tokens_per_s", "token/s", **statistics)
+        tidier.row(
+            MODEL, problem, dtype, subject, "-", "tokens_per_s", "token/s", None, **statistics
+        )

@@ -15,9 +15,9 @@ import yaml
 
 from attn_ladder import stage
 from attn_profiling import record, stats
+from attn_profiling.host_pairs import HOST_PAIRS
 from attn_profiling.stats import Interval
 from attn_profiling.tidy import (
-    HOST_PAIRS,
     MEDIAN,
     MINIMUM,
     NO_REGIME,
@@ -241,11 +241,13 @@ class Evidence:
     ) -> None:
         self.run, self.device = provenance["run"], provenance["device"]
         self.every_problem: Mapping[str, Mapping[str, Sequence[str]]] = provenance["every_problem"]
-        self.run_of = {(row["suite"], row["regime"]): row.get("run", self.run) for row in metrics}
+        self._run_of: dict[tuple[str, ...], str] = {}
         self.metrics: dict[tuple[str, ...], dict[str, float]] = {}
         for row in metrics:
             key = tuple(row[c] for c in ("suite", "regime", "subject", "metric", "problem"))
             self.metrics.setdefault(key, {})[row["statistic"]] = float(row["value"])
+            for known in (key[:4], key[:2]):
+                self._run_of[known] = row.get("run", self.run)
         self.by_metric: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
         for (suite, regime, subject, metric, problem), values in self.metrics.items():
             by_problem = self.by_metric.setdefault((suite, regime, subject, metric), {})
@@ -261,6 +263,12 @@ class Evidence:
             for (suite, regime, _, metric, problem), values in self.metrics.items()
             if metric == "conclusive" and values["value"]
         }
+
+    def run_of(self, hypothesis: Hypothesis, suite: str) -> str:
+        """The run that what a hypothesis speaks of was measured in."""
+        place = (suite.partition("/")[0], hypothesis.regime)
+        what = (hypothesis.witness["subject"], str(hypothesis.witness.get("metric")))
+        return self._run_of.get(place + what) or self._run_of.get(place) or self.run
 
     def values(
         self, suite: str, regime: str, subject: str, metric: str, only: str | None = None
@@ -516,7 +524,7 @@ def _row(
             low, min(0.0, found.value)
         )  # no counter is negative; the symmetric interval may be
     return {
-        "run": evidence.run_of.get((suite.partition("/")[0], hypothesis.regime), evidence.run),
+        "run": evidence.run_of(hypothesis, suite),
         "device": evidence.device,
         "constraint": hypothesis.constraint or hypothesis.role,
         "suite": suite,
