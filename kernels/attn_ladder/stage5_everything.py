@@ -9,8 +9,7 @@ constraint `branching`: a block of the hot loop is two products, one exp2 a scor
   long as no probability leaves the number format. Row sums outside [1/2, 2^60] and accumulators
   that are not finite (P beyond 65504 in fp16) set a bit of the tile; after the last tile a
   warpgroup redoes its flagged tiles with the online softmax.
-- *Mask-free interior.* Blocks are visited from the last to the first, so that only blocks peeled
-  off around the loop are masked.
+- *Mask-free interior.* From the last block to the first: only those around the loop are masked.
 - *Ping-pong.* Two or three consumers take turns to issue products, one's softmax under the others'
   products (Shah et al., 2024, section 3.1); from headdim 128 on it also runs under its own P·V.
 - *Fewer bubbles.* The first consumer multiplies only the visible half of the diagonal block; at
