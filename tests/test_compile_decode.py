@@ -92,9 +92,7 @@ def compile_hopper(
     maxnreg: int | None = None,
 ) -> dict:  # fmt: skip
     """As `decode_launch` compiles a call, unless another limit of registers is given."""
-    import triton
     from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
 
     from attn_ladder import decode_hopper, decode_launch
     from attn_ladder.offline import assemble, barrier_reuse, read_ptxas
@@ -102,13 +100,8 @@ def compile_hopper(
     config = decode_launch.choose_config(headdim)
     cfg = decode_launch.build(config, headdim, page, ranged, indexed, batch, rows)
     source = decode_hopper.source(cfg, dtype)
-    kernel, names = source["kernel"], source["kernel"].arg_names
-    types = {**source["signature"], **dict.fromkeys(source["constexprs"], "constexpr")}
-    values = {(names.index(name),): value for name, value in source["constexprs"].items()}
-    compiled = triton.compile(
-        GluonASTSource(kernel, {name: types[name] for name in names}, values, {}),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 4, "maxnreg": maxnreg or decode_launch.REGISTERS},
+    compiled = decode_launch.compile_kernel(
+        source, GPUTarget("cuda", 90, 32), maxnreg or decode_launch.REGISTERS
     )
     log, sass = assemble(compiled.asm["ptx"])
     registers, spill_bytes, _ = read_ptxas(log)
@@ -195,6 +188,9 @@ def faults(report: dict) -> list[str]:
         found.append(f"{report['registers']} registers of {report['threads']} threads")
     if 2 * (report["shared"] + 1024) > SHARED_OF_AN_SM:
         found.append(f"{report['shared']} bytes of shared memory")
+    loaded = [text for name, text in instructions(report["sass"]) if name.startswith("UTMALDG")]
+    if any(not re.search(r"\], desc\[UR\d+\]$", text) for text in loaded):
+        found.append("a load without an eviction policy")
     found += [f"{line} in an mbarrier" for line in report["reused"]]
     if not {"dec 216", "inc 40"} <= set(report["moved"]):  # consumer and producer
         found.append(f"registers moved: {', '.join(report['moved'])}")
@@ -252,7 +248,8 @@ def planted(report: dict, line: str, after: str, **changes) -> list[str]:
         ("@!P0 STL.64 [R1+0x8], R2", r"\bUTMALDG", "STL in a hot loop"),
         ("LDG.E.128 R4, desc[UR4][R2.64]", r"\bHMMA", "LDG beside HMMA"),
         ("LDGSTS.E.128 [R1], desc[UR4][R2.64]", r"\bHMMA", "LDGSTS beside HMMA"),
-        ("UTMALDG.4D [UR8], [UR4]", r"\bUTMALDG", "[0, 0, 8] loads by TMA"),
+        ("UTMALDG.4D [UR8], [UR4], desc[UR6]", r"\bUTMALDG", "[0, 0, 8] loads by TMA"),
+        ("UTMALDG.4D [UR8], [UR4]", r"\bHMMA", "a load without an eviction policy"),
     ],
 )
 def test_a_planted_instruction_is_seen(hopper, line, after, found):

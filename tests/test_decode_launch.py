@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -202,7 +203,48 @@ def test_a_build_has_room_for_the_batch_and_the_rows():
     sizes = {n: built(batch=n).batch for n in (1, 32, 33, 128, 129, 512)}
     assert sizes == {1: 32, 32: 32, 33: 128, 128: 128, 129: 512, 512: 512}
     assert {n: built(rows=n).rows for n in (1, 4, 5, 16)} == {1: 4, 4: 4, 5: 16, 16: 16}
-    assert built() == Build(128, 0, False, False, 32, 4, 64, 2)
+    assert built() == Build(128, 0, False, False, 32, 4, 64, 2, True)
+    assert not built(config=Config(evict_first=False)).evict_first
+
+
+def test_each_tma_load_gets_the_policy_and_nothing_else_does():
+    load = (
+        "@%p1 cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%r1], [%rd2, {%r3, %r4, %r5, %r6}], [%r7];"
+    )
+    other = (
+        "ld.shared.b32 %r1, [%r2];\ncp.async.bulk.prefetch.tensor.4d.L2.global.tile [%rd2, {%r3}];"
+    )
+    lines = decode_launch.evict_first(f"{other}\n{load}\n{load}").splitlines()
+    assert "\n".join(lines[:2]) == other and len(lines) == 4
+    for line in lines[2:]:
+        assert line.startswith("{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64")
+        assert line.endswith(
+            "bytes.L2::cache_hint [%r1], [%rd2, {%r3, %r4, %r5, %r6}], [%r7], policy; }"
+        )
+    with pytest.raises(ValueError, match="no TMA load in the PTX"):
+        decode_launch.evict_first(other)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_only_this_kernel_is_compiled_with_the_policy(monkeypatch, wanted):
+    seen = []
+
+    def compile_(*args, **kwargs):
+        stages = {"ptx": lambda source, metadata: "text"}
+        if (hook := triton.knobs.runtime.add_stages_inspection_hook) is not None:
+            hook(None, stages, None, None, 90)
+        seen.append(stages["ptx"])
+
+    monkeypatch.setattr(triton, "compile", compile_)
+    source = decode_hopper.source(built(config=Config(evict_first=wanted)), "bf16")
+    decode_launch.compile_kernel(source, None)
+    assert triton.knobs.runtime.add_stages_inspection_hook is None
+    if wanted:
+        with pytest.raises(ValueError, match="no TMA load"):
+            seen[0]("", {})
+    else:
+        assert seen[0]("", {}) == "text"
 
 
 @pytest.mark.parametrize("headdim", [64, 128])
@@ -437,7 +479,7 @@ def test_a_plan_has_the_sizes_of_its_call(planned):
     kernel, maps, call, grid, rows = planned(
         batch=3, seqlen_q=2, nheads=12, nheads_k=3, size=5000, rows=7, seqlen_new=2, causal=False
     )
-    assert kernel.cfg == Build(128, 0, False, False, 32, 16, 64, 2)
+    assert kernel.cfg == Build(128, 0, False, False, 32, 16, 64, 2, True)
     assert call == decode_hopper.Call(
         batch=3, seqlen_q=2, group=4, nheads_k=3, inverse_group=16384, inverse_heads=21846,
         seqlen_new=2, capacity=5000, num_rows=7, num_splits=10, log2_splits=6, log2_min_split=9,

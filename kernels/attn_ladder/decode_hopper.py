@@ -60,12 +60,14 @@ PRODUCER_REGISTERS = gl.constexpr(40)  # the consumer gets what is left, 216
 @dataclass(frozen=True)
 class Config:
     """Blocks of BLOCK_N keys, a ring of `num_buffers` of them (K and V), `ctas_per_sm` CTAs on each
-    SM; splits have at least `min_split` keys."""
+    SM; splits have at least `min_split` keys; `evict_first` says whether L2 gives up the keys that
+    were read before anything else."""
 
     BLOCK_N: int = 64
     num_buffers: int = 2
     ctas_per_sm: int = 2
     min_split: int = 512
+    evict_first: bool = True
 
     def __post_init__(self) -> None:
         if self.BLOCK_N not in (64, 128):
@@ -90,6 +92,7 @@ class Build:
     rows: int  # packed query rows, at most
     BLOCK_N: int
     num_buffers: int
+    evict_first: bool = False  # done by `decode_launch.compile_kernel`
 
     @property
     def box(self) -> int:
@@ -100,6 +103,11 @@ class Build:
     def boxes(self) -> int:
         """Boxes of the same columns in a block."""
         return self.BLOCK_N // self.box
+
+    @property
+    def marks(self) -> int:
+        """Items whose bad pages are remembered: more than the ring has blocks of."""
+        return 4 if self.num_buffers < 4 else 2 ** self.num_buffers.bit_length()
 
     @property
     def parts(self) -> int:
@@ -248,9 +256,10 @@ def prefetch(table_ptr, count):
 def load_partition(given, cfg: gl.constexpr):
     """One warp: the blocks of all items of this CTA, into the ring as slots come free.
 
-    An item has at least one block, so that an empty sequence takes the same way.
+    An item has at least one block, so that an empty sequence takes the same way. Pages that do not
+    exist are marked for the consumer before the block is ready.
     """
-    descs, bounds_ptr, index_ptr, table_ptr, ring, warm_bar, call = given
+    descs, bounds_ptr, index_ptr, table_ptr, ring, marks_smem, warm_bar, call = given
     smem, ready_bar, empty_bar = ring
     N: gl.constexpr = cfg.BLOCK_N
     BOXES: gl.constexpr = cfg.boxes
@@ -258,6 +267,8 @@ def load_partition(given, cfg: gl.constexpr):
     warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     box = gl.arange(0, 32, warp)
     pages = gl.zeros([32], gl.int32, warp)
+    bad = gl.zeros([32], gl.int32, warp)
+    item = 0
     it = 0
     # loads of what does not exist bring the tensor maps to the SM while the lengths are on the way
     mbarrier.expect(warm_bar.index(0), 2 * 2 * cfg.box * COLUMNS)
@@ -284,8 +295,14 @@ def load_partition(given, cfg: gl.constexpr):
                     page_ptr = sequence_ptr + key // cfg.page_size
                     pages = gl.load(page_ptr, mask=key < stop, other=outside)
                     pages = gl.where((pages < 0) | (pages > outside), outside, pages)
+                    missing = (key < stop) & (pages == outside)
+                    bad = gl.where(missing, 2, gl.where(j == 0, 0, bad))
             slot = it % cfg.num_buffers
             mbarrier.wait(empty_bar.index(slot), (it // cfg.num_buffers) & 1 ^ 1)
+            if cfg.page_size != 0:
+                if j % (32 // BOXES) == 0:
+                    marks_smem.index(item % cfg.marks).store(bad)
+                    gl.thread_barrier()
             mbarrier.expect(ready_bar.index(slot), 4 * N * cfg.headdim)
             for i in gl.static_range(BOXES):
                 first = first_key + start + j * N
@@ -299,6 +316,7 @@ def load_partition(given, cfg: gl.constexpr):
                             smem.index(((slot * 2 + kv) * PARTS + part) * BOXES + i),
                         )  # fmt: skip
             it += 1
+        item += 1
 
 
 @gluon.jit
@@ -534,24 +552,9 @@ def upper(bits):
 
 
 @gluon.jit
-def bad_pages(table_ptr, b, start, stop, call, cfg: gl.constexpr):
-    """For each thread, whether a page of these keys does not exist."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    table_ptr += b.to(gl.int64) * call.stride_tb
-    bad = gl.zeros([128], gl.int32, layout)
-    if cfg.page_size != 0:
-        end = (stop + cfg.page_size - 1) // cfg.page_size
-        for first in range(start // cfg.page_size, end, 128):
-            place = first + gl.arange(0, 128, layout)
-            page = gl.load(table_ptr + place, mask=place < end, other=0)
-            bad = bad | gl.where((page < 0) | (page >= call.num_rows), 1, 0)
-    return bad
-
-
-@gluon.jit
 def softmax_partition(given, cfg: gl.constexpr):
     """Four warps: the attention of the items of this CTA, block by block."""
-    pointers, bounds_ptr, index_ptr, table_ptr, ring, views, call, qk_scale = given
+    pointers, bounds_ptr, index_ptr, ring, marks_smem, views, call, qk_scale = given
     q_ptr, out_ptr, lse_ptr, partial_ptr, totals_ptr, error_ptr, counter_ptr = pointers
     blocks, scratch, lanes_smem, q_smem = views
     N: gl.constexpr = cfg.BLOCK_N
@@ -566,6 +569,7 @@ def softmax_partition(given, cfg: gl.constexpr):
     nheads = call.nheads_k * call.group
     ends, items, log2_unit = make_table(bounds_ptr, index_ptr, call, LANES, cfg)
     it = 0
+    done = 0
     t = gl.program_id(0)
     item = find_item(gl.minimum(t, items - 1), ends, log2_unit, bounds_ptr, index_ptr, call, cfg)
     rows = load_queries(q_ptr, item[0], item[1], call, cfg)
@@ -577,7 +581,6 @@ def softmax_partition(given, cfg: gl.constexpr):
             item = find_item(t, ends, log2_unit, bounds_ptr, index_ptr, call, cfg)
             rows = load_queries(q_ptr, item[0], item[1], call, cfg)
         end = gl.minimum(first + (1 << log2_unit), parts)
-        bad = bad_pages(table_ptr, b, first << log2, gl.minimum(end << log2, length), call, cfg)
         whole = end - first == parts
         count = gl.where(log2_unit == 0, parts, (parts + GROUP - 1) // GROUP)  # results to add up
         # keys below rows_seen are seen by a row, keys below position + 1 by every row
@@ -626,7 +629,8 @@ def softmax_partition(given, cfg: gl.constexpr):
                 exponent = gl.full_like(exponent, -float("inf"))
                 if (split == end - 1) | (whole == 0):
                     if cfg.page_size != 0:
-                        error = error | gl.reduce(bad, 0, either) * 2
+                        marks = marks_smem.index(done % cfg.marks).load(table_layout(32, LANES))
+                        error = error | gl.reduce(marks, 0, either)
                     if error != 0:
                         gl.atomic_or(error_ptr, error)
                         sum_total += float("nan")
@@ -661,6 +665,7 @@ def softmax_partition(given, cfg: gl.constexpr):
                         out_ptr, lse_ptr, partial_ptr, totals_ptr, b, head, parts, call, GROUP, cfg
                     )
                 gl.store(arrivals_ptr, 0)  # for the next launch
+        done += 1
 
 
 @gluon.jit
@@ -683,12 +688,15 @@ def decode_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     lanes_smem = gl.allocate_shared_memory(gl.float32, [2, LANES, ROWS], plain)
     warm_bar = barriers(1, 1)
+    MARKS: gl.constexpr = cfg.marks if cfg.page_size != 0 else 1
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    marks_smem = gl.allocate_shared_memory(gl.int32, [MARKS, 32], flat)
     pointers = (q_ptr, out_ptr, lse_ptr, partial_ptr, totals_ptr, error_ptr, counter_ptr)
     q_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
     q_smem = gl.allocate_shared_memory(dtype, [1, ROWS, HEADDIM], q_layout)
     views = (blocks, scratch, lanes_smem, q_smem)
-    softmax = (pointers, bounds_ptr, index_ptr, table_ptr, ring, views, call, qk_scale)
-    load = ((k_desc, v_desc), bounds_ptr, index_ptr, table_ptr, ring, warm_bar, call)
+    softmax = (pointers, bounds_ptr, index_ptr, ring, marks_smem, views, call, qk_scale)
+    load = ((k_desc, v_desc), bounds_ptr, index_ptr, table_ptr, ring, marks_smem, warm_bar, call)
     gl.warp_specialize(
         [(softmax_partition, (softmax, cfg)), (load_partition, (load, cfg))],
         [1], [PRODUCER_REGISTERS],

@@ -6,12 +6,14 @@ Everything that depends on shapes, strides and types only is found once and reme
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import driver
 
@@ -28,22 +30,50 @@ from attn_ladder.decode_hopper import (
 )
 
 MAX_HEADS_K = 128
+TMA_LOAD = re.compile(r"((?:@%p\d+ )?cp\.async\.bulk\.tensor\.\dd\.shared::\S+) (\[.*\]);")
+
+
+def evict_first(ptx: str) -> str:
+    """The same code, but each TMA load tells L2 to evict what it brings before anything else.
+
+    Each key is read once a call. Without this it drives out what was there before, and where that
+    is modified it has to be written first. Gluon has no word for it.
+    """
+    policy = "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+    found, loads = TMA_LOAD.subn(
+        rf"{{ .reg .b64 policy; {policy} \1.L2::cache_hint \2, policy; }}", ptx
+    )
+    if not loads:
+        raise ValueError("no TMA load in the PTX of the decode kernel; is this another Triton?")
+    return found
+
+
+def _edit_ptx(backend: Any, stages: dict[str, Any], *_: Any) -> None:
+    make = stages["ptx"]
+    stages["ptx"] = lambda source, metadata: evict_first(make(source, metadata))
+
+
+def compile_kernel(source: Mapping[str, Any], target: Any, maxnreg: int = REGISTERS) -> Any:
+    """Triton's compiled kernel of what `decode_hopper.source` returns."""
+    kernel, constexprs = source["kernel"], source["constexprs"]
+    names = kernel.arg_names
+    types = {**source["signature"], **dict.fromkeys(constexprs, "constexpr")}
+    values = {(names.index(name),): value for name, value in constexprs.items()}
+    with knobs.runtime.scope():
+        if constexprs["cfg"].evict_first:
+            knobs.runtime.add_stages_inspection_hook = _edit_ptx
+        return triton.compile(
+            GluonASTSource(kernel, {name: types[name] for name in names}, values, {}),
+            target=target,
+            options={"num_warps": 4, "maxnreg": maxnreg},
+        )
 
 
 class Kernel(launch.Kernel):
     """`launch.Kernel` with a limit of registers, so that two CTAs fit on an SM."""
 
-    def __init__(
-        self, kernel: Any, signature: dict[str, Any], constexprs: dict[str, Any], maxnreg: int
-    ) -> None:
-        names = kernel.arg_names
-        types = {**signature, **dict.fromkeys(constexprs, "constexpr")}
-        values = {(names.index(name),): value for name, value in constexprs.items()}
-        self.compiled = triton.compile(
-            GluonASTSource(kernel, {name: types[name] for name in names}, values, {}),
-            target=driver.active.get_current_target(),
-            options={"num_warps": 4, "maxnreg": maxnreg},
-        )
+    def __init__(self, source: Mapping[str, Any]) -> None:
+        self.compiled = compile_kernel(source, driver.active.get_current_target())
         metadata = self.compiled.metadata
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise ValueError("the kernel needs scratch memory, which a launch does not pass")
@@ -56,7 +86,7 @@ class Kernel(launch.Kernel):
 
 @lru_cache(maxsize=64)
 def compiled(cfg: Build, dtype: torch.dtype, device: int) -> Kernel:
-    return Kernel(**source(cfg, launch.DTYPES[dtype]), maxnreg=REGISTERS)
+    return Kernel(source(cfg, launch.DTYPES[dtype]))
 
 
 def choose_config(headdim: int) -> Config:
@@ -75,7 +105,7 @@ def build(
     size = next(size for size in BATCHES if batch <= size)
     return Build(
         headdim, page_size, ranged, indexed, size, 4 if rows <= 4 else ROWS.value, config.BLOCK_N,
-        config.num_buffers,
+        config.num_buffers, config.evict_first,
     )  # fmt: skip
 
 
