@@ -352,7 +352,8 @@ class Maker:
         self.write(f"ncu/{suite}.json", "ncu", {**self.header("ncu", suite), "reports": reports})
 
     def decode(self, suite: str = "decode", noisy: Sequence[str] = ()) -> None:
-        """Decoding: 1.25 of FA3 where K and V are small, 1.1 else, pages 2 % slower."""
+        """Decoding: 1.25 of FA3 where K and V are small, 1.1 else, pages 2 % slower; behind a flush
+        that reads, FA3 takes 5 % longer than that."""
         problems = []
         for problem in select(self.problems, suite):
             size = tidy_serving.kv_bytes(problem)
@@ -374,8 +375,16 @@ class Maker:
                     "dry": [0, 1, 0],
                     "kernels": {"decode_kernel": 1, "combine": 1},
                 }
+            clean = {
+                name: {**taken, "gpu_us": self.samples(us[name] * (1.05 if "fa3" in name else 1))}
+                for name, taken in samples.items()
+                if not problem.page_size
+            }
             attempt = {
                 "attempt": 1,
+                "clean": clean,
+                "clean_ok": True,
+                "clean_aa_ratios": {} if problem.page_size else {"decode": 1.0, "fa3": 1.0},
                 "aa_ratios": {} if problem.page_size else {"decode": 1.05 if off else 1.0},
                 "ok": not off,
                 "message": "A/A is off" if off else None,

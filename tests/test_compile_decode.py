@@ -97,7 +97,7 @@ def compile_hopper(
     from attn_ladder import decode_hopper, decode_launch
     from attn_ladder.offline import assemble, barrier_reuse, read_ptxas
 
-    config = decode_launch.choose_config(headdim)
+    config = decode_launch.choose_config(headdim, 0)
     cfg = decode_launch.build(config, headdim, page, ranged, indexed, batch, rows)
     source = decode_hopper.source(cfg, dtype)
     compiled = decode_launch.compile_kernel(

@@ -7,6 +7,7 @@ Splits and items are device functions of plain arithmetic, run here in Python wi
 import itertools
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -195,7 +196,7 @@ def test_good_configurations_are_taken():
 
 
 def built(batch=1, rows=1, headdim=128, page=0, config=None):
-    config = config or choose_config(headdim)
+    config = config or choose_config(headdim, 0)
     return build(config, headdim, page, False, False, batch, rows)
 
 
@@ -226,25 +227,57 @@ def test_each_tma_load_gets_the_policy_and_nothing_else_does():
         decode_launch.evict_first(other)
 
 
+LOAD = "cp.async.bulk.tensor.4d.shared::cluster.global [%r1], [%rd2, {%r3}], [%r7];"
+
+
+def stages_of_a_compilation(*_, **__):
+    """What Triton does with its hook."""
+    stages = {"ptx": lambda source, metadata: source}
+    if (hook := triton.knobs.runtime.add_stages_inspection_hook) is not None:
+        hook(None, stages, None, None, 90)
+    return stages
+
+
 @pytest.mark.parametrize("wanted", [True, False])
-def test_only_this_kernel_is_compiled_with_the_policy(monkeypatch, wanted):
-    seen = []
-
-    def compile_(*args, **kwargs):
-        stages = {"ptx": lambda source, metadata: "text"}
-        if (hook := triton.knobs.runtime.add_stages_inspection_hook) is not None:
-            hook(None, stages, None, None, 90)
-        seen.append(stages["ptx"])
-
-    monkeypatch.setattr(triton, "compile", compile_)
+def test_a_kernel_is_compiled_with_the_policy_that_it_asks_for(monkeypatch, wanted):
+    monkeypatch.setattr(triton, "compile", stages_of_a_compilation)
     source = decode_hopper.source(built(config=Config(evict_first=wanted)), "bf16")
-    decode_launch.compile_kernel(source, None)
+    stages = decode_launch.compile_kernel(source, None)
     assert triton.knobs.runtime.add_stages_inspection_hook is None
-    if wanted:
-        with pytest.raises(ValueError, match="no TMA load"):
-            seen[0]("", {})
-    else:
-        assert seen[0]("", {}) == "text"
+    assert ("evict_first" in stages["ptx"](LOAD, {})) is wanted
+
+
+def test_no_other_thread_and_no_other_hook_is_touched(monkeypatch):
+    """While one thread compiles with an edit, another without; a hook that was there is kept."""
+    seen = []
+    hook = lambda backend, stages, *more: seen.append(sorted(stages))  # noqa: E731
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", hook)
+    with ThreadPoolExecutor(4) as pool, decode_launch.edited(str.upper):
+        other = pool.submit(stages_of_a_compilation).result()
+        waiting = pool.submit(lambda: decode_launch.edited(str.title).__enter__())
+        mine = stages_of_a_compilation()
+        again = stages_of_a_compilation()
+        waiting.result(timeout=10)  # goes on once this thread's compilation has begun
+    made = [stages["ptx"]("text", {}) for stages in (mine, other, again)]
+    assert made == ["TEXT", "text", "text"] and seen == [["ptx"]] * 3
+
+
+def test_a_hook_is_given_back_where_nothing_is_compiled():
+    with pytest.raises(RuntimeError, match="in the cache"), decode_launch.edited(str.upper):
+        raise RuntimeError("in the cache")
+    assert triton.knobs.runtime.add_stages_inspection_hook is None
+    with decode_launch.edited(str.upper):
+        pass
+    assert stages_of_a_compilation()["ptx"]("text", {}) == "text"
+
+
+def test_keys_are_given_up_first_where_it_was_faster():
+    config = decode_launch.choose_config
+    assert config(128, 2**28).evict_first and not config(128, 2**29).evict_first
+    assert config(64, 2**29) == Config(BLOCK_N=128, evict_first=False)
+    assert decode_launch.kv_bytes(2, (7, 5000, 3, 128), None) == 4 * 2 * 5000 * 3 * 128
+    assert decode_launch.kv_bytes(2, (900, 256, 3, 64), 20) == 4 * 2 * 20 * 256 * 3 * 64
+    assert decode_launch.kv_bytes(2000, (2000, 1, 1, 64), None) == 4 * 512 * 64
 
 
 @pytest.mark.parametrize("headdim", [64, 128])

@@ -74,6 +74,7 @@ def test_the_prose_has_its_numbers(evidence):
     found = numbers.numbers(evidence)
     assert found[r"\DecodeMeasured"] == found[r"\ModelMeasured"] == "1"
     assert found[r"\DecodeOverFaThreeSmall"].startswith("1.25")
+    assert found[r"\DecodeCleanLarge"].startswith("1.15")
     assert found[r"\DecodeChecksWrong"] == "0" and found[r"\TokenTies"] == "1"
     assert found[r"\TokenAgreementPercent"] == "91.7" and found[r"\TokenDifferences"] == "0"
     assert (found[r"\CacheMegabytes"], found[r"\ExpandedMegabytes"]) == ("377", "1132")

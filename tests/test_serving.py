@@ -19,7 +19,7 @@ from attn_profiling import addenda, promote, record, serving, settings, sources,
 from attn_profiling import serving_check as sc
 from attn_profiling.launches import MeasureError
 from attn_profiling.session import Session
-from attn_profiling.tidy_serving import LARGE, SMALL
+from attn_profiling.tidy_serving import CLEAN, LARGE, SMALL
 from attn_profiling.workers import WorkerDied
 
 SHAPE = {"batch": 2, "nheads": 4, "nheads_k": 2, "headdim": 64, "length": 256}
@@ -40,6 +40,10 @@ class FakeTimer:
             }
             for name in subjects
         }  # fmt: skip
+
+
+def timers():
+    return {"samples": FakeTimer(), "clean": FakeTimer()}
 
 
 class Module:
@@ -68,7 +72,7 @@ shape = sc.Shape(**t.SHAPE)
 pool = sc.Pool([shape], "fp16", "cpu")
 import torch
 torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None
-print(json.dumps(serving.measure(t.FakeTimer(), pool, t.Module(), t.ENTRY, 3, 0)))
+print(json.dumps(serving.measure(t.timers(), pool, t.Module(), t.ENTRY, 3, 0)))
 """
 
 
@@ -83,6 +87,7 @@ def test_the_worker_times_what_is_right_alone_and_in_pages():
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert set(found["samples"]) == {"decode", "decode#2", "p64", "fa3", "fa3#2"}
+    assert set(found["clean"]) == {"decode", "decode#2", "fa3", "fa3#2"}
     assert found["samples"]["decode"]["gpu_us"] == [6.0] * 3 and found["left_out"] == {}
     assert found["samples"]["fa3"]["kernels"] == {"a": 2, "b": 1}
     assert found["chosen"] == {}  # the shortest name of those that run is `auto`
@@ -114,7 +119,7 @@ def on_cpu(monkeypatch):
 
 
 def measured(pool, module):
-    return serving.measure(FakeTimer(), pool, module, {**ENTRY, "chosen": {}}, 3, 0)
+    return serving.measure(timers(), pool, module, {**ENTRY, "chosen": {}}, 3, 0)
 
 
 def test_what_is_wrong_is_left_out_and_not_timed(on_cpu, monkeypatch):
@@ -156,7 +161,14 @@ def samples(us, rounds=4):
 def result(**changes):
     taken = {n: samples(10.0) for n in ("decode", "decode#2")}
     taken |= {n: samples(12.0) for n in ("fa3", "fa3#2")} | {"p256": samples(10.1)}
-    found = {"samples": taken, "chosen": {"num_splits": 4}, "tried": [], "left_out": {}}
+    clean = {n: samples(8.0 if "d" in n else 10.0) for n in taken if n != "p256"}
+    found = {
+        "samples": taken,
+        "clean": clean,
+        "chosen": {"num_splits": 4},
+        "tried": [],
+        "left_out": {},
+    }
     return {**found, "copy_bytes_per_s": 3e12, **changes}
 
 
@@ -224,6 +236,10 @@ def test_the_record_has_every_problem_with_its_samples(step):
     assert taken["fa3"]["gpu_us"] == [[12.0] * 4] * 2
     assert alone["chosen"] == {"fa3": {"num_splits": 4}} and paged["chosen"] == {}
     assert paged["attempts"][0]["samples"]["decode"]["gpu_us"] == [[10.1] * 4] * 2
+    attempt = alone["attempts"][0]
+    assert attempt["clean"]["fa3"]["gpu_us"] == [[10.0] * 4] * 2
+    assert attempt["clean_aa_ratios"] == {"decode": 1.0, "fa3": 1.0} and attempt["clean_ok"]
+    assert paged["attempts"][0]["clean"] == paged["attempts"][0]["clean_aa_ratios"] == {}
     assert [row["name"] for row in data["checks"]] == ["kvcache"]
     assert set(data["subjects"]) == {"decode", "fa3"}
     # the second process is told what the first one chose
@@ -265,7 +281,9 @@ def test_a_shape_that_loses_the_gpu_does_not_keep_the_others(step):
     def lost(n, entry):
         if "k3" not in entry["id"]:
             return result()
-        return result(samples={}, left_out={"decode": "an illegal memory access"}, chosen=None)
+        return result(
+            samples={}, clean={}, left_out={"decode": "an illegal memory access"}, chosen=None
+        )
 
     data = step(lost)
     rows = {row["problem"]["id"]: row for row in data["problems"]}
@@ -277,9 +295,13 @@ def test_a_shape_that_loses_the_gpu_does_not_keep_the_others(step):
 def test_what_failed_once_is_measured_again_and_what_is_wrong_is_not(step):
     def answer(n, entry):
         if "k3" in entry["id"]:
-            return result(samples={}, left_out={"decode": "wrong: error 1, bound 0"})
+            return result(samples={}, clean={}, left_out={"decode": "wrong: error 1, bound 0"})
         first = n <= 3  # checks, and the two processes of the first attempt
-        failed = {"samples": {}, "left_out": {"decode": "ActivityError: 3 records are lost"}}
+        failed = {
+            "samples": {},
+            "clean": {},
+            "left_out": {"decode": "ActivityError: 3 records are lost"},
+        }
         return result(**failed) if first else result()
 
     data = step(answer)
@@ -388,7 +410,11 @@ def shared_rows(name):
 
 
 def test_the_tables_find_the_truth_of_decoding():
-    speedups = [r for r in shared_rows("speedups.csv") if r["suite"] == "decode"]
+    decode = [r for r in shared_rows("speedups.csv") if r["suite"] == "decode"]
+    speedups = [r for r in decode if r["regime"] == "spaced"]
+    for problem, truth in ((SMALL, 1.25), (LARGE, 1.1), (tidy.MINIMUM, 1.1)):
+        row = one(decode, problem=problem, peer="fa3", regime=CLEAN)
+        assert float(row["ratio"]) == pytest.approx(1.05 * truth, rel=0.004)
     for problem, truth in ((SMALL, 1.25), (LARGE, 1.1), (tidy.MINIMUM, 1.1)):
         row = one(speedups, problem=problem, peer="fa3")
         assert float(row["ratio"]) == pytest.approx(truth, rel=0.004)
@@ -397,6 +423,9 @@ def test_the_tables_find_the_truth_of_decoding():
     assert float(row["ratio"]) == pytest.approx(1 / 1.02, rel=0.004)
     assert not [r for r in speedups if r["problem"].endswith("-p256") and r["peer"] == "fa3"]
     metrics = [r for r in shared_rows("metrics.csv") if r["suite"] == "decode"]
+    clean = [r for r in metrics if r["regime"] == CLEAN]
+    assert {r["metric"] for r in clean} == {"gpu_us", "aa_ratio", "conclusive"}
+    metrics = [r for r in metrics if r["regime"] != CLEAN]
     size = 4 * 64 * 8192 * 8 * 128
     place = {"problem": "decode-b64-h32-k8-d128-8k", "subject": "decode", "statistic": "median"}
     us = float(one(metrics, metric="gpu_us", **place)["value"])
@@ -428,9 +457,23 @@ def test_the_tables_find_the_tokens_memory_and_speed_of_the_model():
 def test_what_is_inconclusive_is_left_out_of_the_medians(maker):
     maker.decode("smoke_decode", noisy=["decode-b1-h32-k8-d128-2k"])
     tables = derived(maker)
-    assert one(tables.speedups, problem=tidy.MEDIAN, peer="fa3")["n"] == 90
+    assert one(tables.speedups, problem=tidy.MEDIAN, peer="fa3", regime="spaced")["n"] == 90
     (item,) = tables.provenance["inconclusive"]
     assert item["problem"] == "decode-b1-h32-k8-d128-2k" and item["reason"] == "A/A is off"
+
+
+def test_a_pair_that_is_off_behind_the_flush_that_reads_leaves_out_that_regime_only(maker):
+    path = maker.folder / "serving" / "smoke_decode.json"
+    data = json.loads(path.read_text())
+    for row in data["problems"]:
+        if row["problem"]["id"] == "decode-b1-h32-k8-d128-2k":
+            row["attempts"][0]["clean_ok"] = False
+    path.write_text(json.dumps(data))
+    tables = derived(maker)
+    for regime, n in (("spaced", 180), (CLEAN, 90)):
+        assert one(tables.speedups, problem=tidy.MEDIAN, peer="fa3", regime=regime)["n"] == n
+    place = dict(problem="decode-b1-h32-k8-d128-2k", metric="conclusive", regime=CLEAN)
+    assert one(tables.metrics, **place)["value"] == 0 and not tables.provenance["inconclusive"]
 
 
 def test_a_wrong_check_and_an_error_are_told(maker):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -30,6 +32,9 @@ from attn_ladder.decode_hopper import (
 )
 
 MAX_HEADS_K = 128
+EVICT_FIRST_BYTES = 384 * 2**20
+"""Of K and V, up to which L2 gives up keys first; above, the bytes of others wait in it and go
+back to memory while keys are read, which then costs more than it saves."""
 TMA_LOAD = re.compile(r"((?:@%p\d+ )?cp\.async\.bulk\.tensor\.\dd\.shared::\S+) (\[.*\]);")
 
 
@@ -48,9 +53,39 @@ def evict_first(ptx: str) -> str:
     return found
 
 
-def _edit_ptx(backend: Any, stages: dict[str, Any], *_: Any) -> None:
-    make = stages["ptx"]
-    stages["ptx"] = lambda source, metadata: evict_first(make(source, metadata))
+_HOOK = threading.Lock()
+
+
+@contextmanager
+def edited(edit: Callable[[str], str]) -> Iterator[None]:
+    """The PTX of what this thread compiles in the body, once, goes through `edit`.
+
+    Triton's hook for it belongs to all threads, so it is held until this thread's compilation has
+    asked for it, and is nothing to the others.
+    """
+    _HOOK.acquire()
+    owner, before, held = threading.get_ident(), knobs.runtime.add_stages_inspection_hook, True
+
+    def release() -> None:
+        nonlocal held
+        if held:
+            held = False
+            knobs.runtime.add_stages_inspection_hook = before
+            _HOOK.release()
+
+    def hook(backend: Any, stages: dict[str, Any], *more: Any) -> None:
+        if before is not None:
+            before(backend, stages, *more)
+        if threading.get_ident() == owner:
+            release()
+            make = stages["ptx"]
+            stages["ptx"] = lambda source, metadata: edit(make(source, metadata))
+
+    knobs.runtime.add_stages_inspection_hook = hook
+    try:
+        yield
+    finally:
+        release()
 
 
 def compile_kernel(source: Mapping[str, Any], target: Any, maxnreg: int = REGISTERS) -> Any:
@@ -59,9 +94,7 @@ def compile_kernel(source: Mapping[str, Any], target: Any, maxnreg: int = REGIST
     names = kernel.arg_names
     types = {**source["signature"], **dict.fromkeys(constexprs, "constexpr")}
     values = {(names.index(name),): value for name, value in constexprs.items()}
-    with knobs.runtime.scope():
-        if constexprs["cfg"].evict_first:
-            knobs.runtime.add_stages_inspection_hook = _edit_ptx
+    with edited(evict_first) if constexprs["cfg"].evict_first else nullcontext():
         return triton.compile(
             GluonASTSource(kernel, {name: types[name] for name in names}, values, {}),
             target=target,
@@ -89,9 +122,19 @@ def compiled(cfg: Build, dtype: torch.dtype, device: int) -> Kernel:
     return Kernel(source(cfg, launch.DTYPES[dtype]))
 
 
-def choose_config(headdim: int) -> Config:
-    """Blocks of 32 KB, two rings on an SM: one CTA merges and combines while the other computes."""
-    return Config(BLOCK_N=8192 // headdim)
+def choose_config(headdim: int, kv_bytes: int) -> Config:
+    """Blocks of 32 KB, two rings on an SM: one CTA merges and combines while the other computes.
+
+    `kv_bytes`: of K and V, as many as the cache has room for in the sequences of the call.
+    """
+    return Config(BLOCK_N=8192 // headdim, evict_first=kv_bytes <= EVICT_FIRST_BYTES)
+
+
+def kv_bytes(batch: int, k_size: tuple[int, ...], pages: int | None) -> int:
+    """Bytes of K and V that a launch for `batch` sequences reads where each fills its row of a
+    cache of this size, or all its pages."""
+    _, size, nheads_k, headdim = k_size
+    return 4 * min(batch, BATCHES[-1]) * size * (pages or 1) * nheads_k * headdim
 
 
 def build(
@@ -132,7 +175,8 @@ def plan(
     batch, seqlen_q, nheads, headdim = q_size
     num_rows, size, nheads_k, _ = k_size
     group = nheads // nheads_k
-    config = config or choose_config(headdim)
+    total = kv_bytes(batch, k_size, None if table is None else table[0])
+    config = config or choose_config(headdim, total)
     page_size, capacity = (0, size) if table is None else (size, size * table[0])
     max_splits, num_splits = split_policy(nheads_k, capacity, config)
     call = Call(

@@ -548,7 +548,9 @@ def _route(q, k, v, longest, mode, integers, run, new=(), block_table=None) -> R
         else:
             from attn_ladder import decode_launch
 
-            subject, config = "decode_hopper", decode_launch.choose_config(q.shape[-1])
+            pages = None if table is None else table.shape[1]
+            total = decode_launch.kv_bytes(q.shape[0], k.shape, pages)
+            subject, config = "decode_hopper", decode_launch.choose_config(q.shape[-1], total)
             why = "a persistent kernel for few query tokens on sm_90"
             if any(x is not None for _, x in new):
                 why += ", behind one that appends"

@@ -19,7 +19,7 @@ CALIBRATIONS = 4
 class Machine:
     """Drives the current CUDA stream."""
 
-    def __init__(self, torch: Any, flush_factor: float) -> None:
+    def __init__(self, torch: Any, flush_factor: float, clean: bool = False) -> None:
         self._torch = torch
         self._profile = torch.autograd.profiler.profile
         self._cuda = torch.autograd.DeviceType.CUDA
@@ -29,6 +29,13 @@ class Machine:
         l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         words = int(flush_factor * l2_bytes) // 4
         self._flushed = torch.ones(words, dtype=torch.int32, device="cuda")
+        self._reader: Callable[[], Any] | None = None
+        if clean:
+            from attn_profiling.clean_flush import reader
+
+            programs = 2 * torch.cuda.get_device_properties(0).multi_processor_count
+            out = torch.empty(programs, dtype=torch.int32, device="cuda")
+            self._reader = reader(self._flushed, out)
         self._cycles_per_us = 1000.0
         self.flush_kernel = ""
         self.spin_kernel = ""
@@ -45,8 +52,12 @@ class Machine:
         return float(self._elapsed(start, end)) * 1000
 
     def flush(self) -> None:
-        """Push everything out of the L2, by writing a larger buffer."""
-        self._flushed.bitwise_not_()
+        """Push everything out of the L2, by writing a larger buffer; or, clean, by reading it, so
+        that nothing is left in L2 that must go back to memory."""
+        if self._reader is not None:
+            self._reader()
+        else:
+            self._flushed.bitwise_not_()
 
     def spin(self, us: float) -> None:
         """Keep the stream busy for about `us` microseconds, idle otherwise."""

@@ -33,6 +33,8 @@ SILENCE_S = 240.0
 TRY_ROUNDS = 5  # for each configuration of FA3
 SEQUENCES = 4  # of a batch that are compared before it is timed
 OURS, PEER = "decode", "fa3"
+SAMPLES = ("samples", "clean")  # behind a flush that writes, behind one that reads
+SERIES = ("gpu_us", "sum_us", "event_us", "dry")
 LOST = ("illegal memory access", "unspecified launch failure")
 NO_MODEL = "not measured: no model named (config key `model`)"
 
@@ -70,9 +72,15 @@ def wrong(out: Any, q: Any, k: Any, v: Any) -> str | None:
 
 
 def measure(
-    timer: Any, pool: Any, module: Any, entry: Mapping[str, Any], rounds: int, seed: int
+    timers: Mapping[str, Any],
+    pool: Any,
+    module: Any,
+    entry: Mapping[str, Any],
+    rounds: int,
+    seed: int,
 ) -> dict[str, Any]:
-    """Samples of one shape: ours and the peer, each twice, and ours with pages.
+    """Samples of one shape: ours and the peer, each twice, and ours with pages; the former also
+    with a clean L2. `timers`: one for each of `SAMPLES`.
 
     The peer's configuration is chosen where the entry names none. What gives a wrong result, or
     none, is left out with the reason.
@@ -116,7 +124,7 @@ def measure(
         left_out[PEER] = sc._error(module)
     else:
         if chosen is None:
-            chosen, tried = choose(timer, pool, module, shape)
+            chosen, tried = choose(timers["samples"], pool, module, shape)
         if chosen is None:
             left_out[PEER] = "none of its configurations runs"
         else:
@@ -124,16 +132,22 @@ def measure(
             if good(PEER, peer):
                 calls |= {PEER: peer, f"{PEER}#2": peer}
     torch.cuda.empty_cache()
-    samples = {
-        name: {
-            **{key: found[key] for key in ("gpu_us", "sum_us", "event_us")},
-            "clock_mhz": found["clock_mhz"],
-            "dry": found["dry"],
-            "kernels": count(kernel for kernel, _ in found["kernels"]),
+    taken = {
+        kind: {
+            name: {
+                **{key: found[key] for key in ("gpu_us", "sum_us", "event_us")},
+                "clock_mhz": found["clock_mhz"],
+                "dry": found["dry"],
+                "kernels": count(kernel for kernel, _ in found["kernels"]),
+            }
+            for name, found in timers[kind].measure(chosen_calls, rounds, seed).items()
         }
-        for name, found in timer.measure(calls, rounds, seed).items()
+        for kind, chosen_calls in (
+            ("samples", calls),
+            ("clean", {name: call for name, call in calls.items() if not name.startswith("p")}),
+        )
     }
-    return {"samples": samples, "chosen": chosen, "tried": tried, "left_out": left_out}
+    return {**taken, "chosen": chosen, "tried": tried, "left_out": left_out}
 
 
 def count(names: Any) -> dict[str, int]:
@@ -188,20 +202,22 @@ def work(part: str) -> None:
         reporter.send(stopped=report.data["stopped"])
         return
     shapes = [sc.Shape(**entry["shape"]) for entry in request["entries"]]
-    timer, pool = sc.Timer(), sc.Pool(shapes, request["dtype"])
+    timers = {"samples": sc.Timer(), "clean": sc.Timer(clean=True)}
+    pool = sc.Pool(shapes, request["dtype"])
     module = sc.fa3_function(request["fa3_module"])
     sc.warm(pool, shapes, True, False)
-    copy = sc.copy_bytes_per_s(timer)
+    copy = sc.copy_bytes_per_s(timers["samples"])
     torch.cuda.empty_cache()
     for entry in request["entries"]:
         reporter.send(begin=entry["id"])
         broken = False
         try:
-            result = measure(timer, pool, module, entry, request["rounds"], request["seed"])
+            result = measure(timers, pool, module, entry, request["rounds"], request["seed"])
         except Exception as error:
             broken = sc._broken(error)
             said = {OURS: sc._error(error)}
-            result = {"samples": {}, "chosen": None, "tried": [], "left_out": said}
+            empty: dict[str, Any] = {kind: {} for kind in SAMPLES}
+            result = {**empty, "chosen": None, "tried": [], "left_out": said}
         reporter.send(result={**result, "copy_bytes_per_s": copy})
         if broken:  # nothing more runs in this process; another one goes on
             return
@@ -257,8 +273,10 @@ class Unit:
                 for name, samples in attempt["samples"].items()
                 if name.split("#")[0] in names
             }
-            ratios = {} if paged else attempt["aa_ratios"]
-            attempts.append({**attempt, "samples": kept, "aa_ratios": ratios})
+            row = {**attempt, "samples": kept}
+            if paged:
+                row |= {"clean": {}, "aa_ratios": {}, "clean_aa_ratios": {}}
+            attempts.append(row)
         left_out = {names[n]: why for n, why in self.left_out.items() if n in names}
         peer = self.chosen is not None and not paged
         return {
@@ -286,26 +304,8 @@ def units(problems: list[Problem]) -> list[Unit]:
 
 def merge(attempt: int, results: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
     """One attempt from what its processes measured; a subject stays if every one measured it."""
-    names = [n for n in results[0]["samples"] if all(n in r["samples"] for r in results)]
-    samples = {
-        name: {
-            **{
-                key: [r["samples"][name][key] for r in results]
-                for key in ("gpu_us", "sum_us", "event_us", "dry")
-            },
-            "clock_mhz": [[r["samples"][name]["clock_mhz"]] for r in results],
-            "kernels": results[0]["samples"][name]["kernels"],
-        }
-        for name in names
-    }
-    ratios = {}
-    for name in (OURS, PEER):
-        if f"{name}#2" in samples:
-            medians = [
-                statistics.median(us for process in samples[n]["gpu_us"] for us in process)
-                for n in (f"{name}#2", name)
-            ]
-            ratios[name] = round(medians[0] / medians[1], 5)
+    samples, clean = (_merged([r[kind] for r in results]) for kind in SAMPLES)
+    ratios, twins = _pairs(samples), _pairs(clean)
     said = [
         f"the A/A pair of {name} differs by {abs(ratio - 1):.2%}, more than {tolerance:.2%}"
         for name, ratio in ratios.items()
@@ -320,7 +320,36 @@ def merge(attempt: int, results: list[dict[str, Any]], tolerance: float) -> dict
         "message": "; ".join(said) or None,
         "copy_bytes_per_s": [r["copy_bytes_per_s"] for r in results],
         "samples": samples,
+        "clean": clean,
+        "clean_aa_ratios": twins,
+        "clean_ok": all(abs(ratio - 1) <= tolerance for ratio in twins.values()),
     }
+
+
+def _merged(taken: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples of the subjects that every process measured, a list for each process."""
+    return {
+        name: {
+            **{key: [t[name][key] for t in taken] for key in SERIES},
+            "clock_mhz": [[t[name]["clock_mhz"]] for t in taken],
+            "kernels": taken[0][name]["kernels"],
+        }
+        for name in taken[0]
+        if all(name in t for t in taken)
+    }
+
+
+def _pairs(samples: Mapping[str, Any]) -> dict[str, float]:
+    """The ratio of the two medians of what was measured twice."""
+    ratios = {}
+    for name in (OURS, PEER):
+        if f"{name}#2" in samples:
+            medians = [
+                statistics.median(us for process in samples[n]["gpu_us"] for us in process)
+                for n in (f"{name}#2", name)
+            ]
+            ratios[name] = round(medians[0] / medians[1], 5)
+    return ratios
 
 
 def run(settings: Settings, suite: str, out: Path) -> Record:

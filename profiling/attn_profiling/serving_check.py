@@ -431,7 +431,7 @@ def check_policy_differs(case: Cached, device: Any) -> str:
     if serving.runs_hopper(cache.q, *cache.stores, **call):
         from attn_ladder import decode_launch
 
-        config, run = decode_launch.choose_config(case.headdim), decode_launch.run
+        config, run = decode_launch.choose_config(case.headdim, 0), decode_launch.run
         change = {"min_split": config.min_split // 2}
     results = [
         run(cache.q, *cache.stores, config=tried, **call)
@@ -897,15 +897,16 @@ def covered_us(activities: Any) -> float:
 
 
 class Timer:
-    """GPU time of calls in random order, each behind a spin, with a cold L2."""
+    """GPU time of calls in random order, each behind a spin, with a cold L2: full of modified
+    lines, which go back to memory while the call runs, or of clean ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, clean: bool = False) -> None:
         import torch
 
         from attn_profiling.device import open_gpu
         from attn_profiling.machine import Machine
 
-        self.machine = Machine(torch, 2.0)
+        self.machine = Machine(torch, 2.0, clean)
         self.machine.calibrate()
         self._calls = 0
         try:
@@ -1275,11 +1276,23 @@ def tune_lines(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def build_of(shape: Shape) -> tuple[int, bool]:
+    """What else a shape compiles for: room for sequences, and the policy of L2."""
+    from attn_ladder.decode_hopper import BATCHES
+    from attn_ladder.decode_launch import choose_config
+
+    room = next(size for size in BATCHES if shape.batch <= size)
+    return room, choose_config(shape.headdim, shape.kv_bytes).evict_first
+
+
 def warm(pool: Pool, shapes: list[Shape], pages: bool, tune: bool) -> list[str]:
     """Compile what the shapes need, several kernels at a time."""
     tasks: dict[Any, Callable[[], Any]] = {}
     for shape in shapes:
-        kind = (shape.nheads // shape.nheads_k, shape.headdim, shape.nheads_k == 1)
+        kind = (
+            shape.nheads // shape.nheads_k, shape.headdim, shape.nheads_k == 1,
+            *build_of(shape),
+        )  # fmt: skip
         for page in (0, 256, *((64, 16) if shape.length == 2048 else ())) if pages else ():
             task = ours(pool, shape, page)
             tasks[kind, page] = lambda task=task: task(0)  # type: ignore[misc]

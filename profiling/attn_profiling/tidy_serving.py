@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attn_profiling.tidy import Tidier
 
 OURS, PEER, CONTIGUOUS = "decode", "fa3", "contiguous"
-REGIME = "spaced"
+REGIME, CLEAN = "spaced", "spaced, clean L2"
 SMALL_BYTES = 64 * 2**20
 SMALL, LARGE = "(median, K and V < 64 MiB)", "(median, K and V >= 64 MiB)"
 CHECKS, TOKENS = "(checks)", "(tokens)"
@@ -49,7 +49,7 @@ def decodes(tidier: Tidier) -> None:
     for path, data in tidier.run.decodes:
         _checks(tidier, data)
         taken: dict[Problem, Mapping[str, Any]] = {}
-        ratios: Ratios = {}
+        ratios: dict[str, Ratios] = {REGIME: {}, CLEAN: {}}
         for entry, problem in tidier.entries(path, data):
             attempts = entry["attempts"]
             attempt = next((a for a in attempts if a["ok"]), attempts[-1])
@@ -62,13 +62,21 @@ def decodes(tidier: Tidier) -> None:
             taken[problem] = samples
             _timed(tidier, data["suite"], problem, samples, attempt["copy_bytes_per_s"])
             _judged(tidier, data["suite"], problem, entry, samples, conclusive)
-            for peer, ratio in _ratios(problem, samples, taken).items():
-                tidier.speedup(
-                    data["suite"], problem.id, problem.dtype, REGIME, OURS, peer, ratio.interval()
-                )
-                if conclusive:
-                    ratios.setdefault(peer, []).append((problem, ratio))
-        _reduced(tidier, data["suite"], ratios)
+            clean = {n: s for n, s in attempt.get("clean", {}).items() if n in samples}
+            agrees = conclusive and attempt.get("clean_ok", False)
+            _clean(tidier, data["suite"], problem, clean, agrees)
+            for regime, found, counts in (
+                (REGIME, samples, conclusive), (CLEAN, clean, agrees),
+            ):  # fmt: skip
+                for peer, ratio in _ratios(problem, found, taken).items():
+                    tidier.speedup(
+                        data["suite"], problem.id, problem.dtype, regime, OURS, peer,
+                        ratio.interval(),
+                    )  # fmt: skip
+                    if counts:
+                        ratios[regime].setdefault(peer, []).append((problem, ratio))
+        for regime, of in ratios.items():
+            _reduced(tidier, data["suite"], regime, of)
 
 
 def _checks(tidier: Tidier, data: record.Record) -> None:
@@ -104,6 +112,22 @@ def _timed(
             tidier.interval(*place, "of_copy", "%", of_copy)
         kernels = float(sum(found["kernels"].values()))
         tidier.metric(*place, "timed_kernels", "1", value=kernels)
+
+
+def _clean(
+    tidier: Tidier, suite: str, problem: Problem, samples: Mapping[str, Any], agrees: bool
+) -> None:
+    """Times behind the flush that leaves no modified lines in L2."""
+    for subject, found in samples.items():
+        us = stats.median_interval(found["gpu_us"])
+        tidier.interval(suite, problem, subject, CLEAN, "gpu_us", "us", us)
+    for name in (OURS, PEER):
+        twin = samples.get(f"{name}#2")
+        if twin and name in samples:
+            ratio = stats.ratio_interval(twin["gpu_us"], samples[name]["gpu_us"])
+            tidier.interval(suite, problem, name, CLEAN, "aa_ratio", "1", ratio)
+    if OURS in samples:
+        tidier.metric(suite, problem, OURS, CLEAN, "conclusive", "1", value=agrees)
 
 
 def _judged(
@@ -163,7 +187,7 @@ def _ratios(
     return {}
 
 
-def _reduced(tidier: Tidier, suite: str, ratios: Ratios) -> None:
+def _reduced(tidier: Tidier, suite: str, regime: str, ratios: Ratios) -> None:
     from attn_profiling.tidy import MEDIAN, MINIMUM
 
     for peer, of in ratios.items():
@@ -179,7 +203,7 @@ def _reduced(tidier: Tidier, suite: str, ratios: Ratios) -> None:
         ):
             if chosen:
                 found = stats.over_problems(chosen, reduce).interval()
-                tidier.speedup(suite, name, dtype, REGIME, OURS, peer, found)
+                tidier.speedup(suite, name, dtype, regime, OURS, peer, found)
 
 
 # -- the model
