@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from attn_ladder.problem import Problem
 from attn_profiling.tidy_serving import (
     CHECKS,
     CLEAN,
     CONTIGUOUS,
+    FIGURES,
     LARGE,
     MODEL,
     OURS,
     SMALL,
     kv_bytes,
 )
+from attn_profiling.tidy_serving import TOKENS as ALL
 from paper.evidence import MINIMUM, REFERENCE_PEER, Evidence, Value, interval, number
 from paper.table import Table
 
@@ -101,58 +105,77 @@ def _checks(evidence: Evidence) -> str:
     return f"Checks before: {right.value:.0f} right, {wrong.value:.0f} wrong."
 
 
-def _case(problem: str) -> list[str]:
-    """Case, cache and reference of a group of prompts."""
-    case, *cache = problem.split(", ")
-    return [case, ", ".join(cache[:-1]), cache[-1].removeprefix("against ")]
+def _case(problem: str, subject: str) -> list[str]:
+    """Number format, case, cache, whose tokens, and against whose, of a group of prompts."""
+    case, *cache, dtype, against = problem.split(", ")
+    who = "ours" if subject == "attn_ladder" else subject
+    return [dtype, case, ", ".join(cache), who, against.removeprefix("against ")]
 
 
 def tokens(evidence: Evidence) -> Table:
     """Greedy tokens against those of the references, by case."""
-    rows = []
+    rows, sums = [], []
     for (problem, subject), share in evidence.all_of(MODEL, "token_agreement").items():
         found = [evidence.metric(MODEL, problem, subject, name) for name in TOKENS]
         prompts = found[0].value if found[0] else 0
-        whole = ["all", "", ""]
-        names = _case(problem) if ", " in problem else whole
-        cells = [number(value) for value in found]
-        rows.append([*names, cells[0], f"{share.value * prompts:.0f}", *cells[1:]])
-    rows.sort(key=lambda row: row[0] == "all")
+        numbers = [number(value) for value in found]
+        cells = [numbers[0], f"{share.value * prompts:.0f}", *numbers[1:]]
+        if problem.startswith(ALL):
+            dtype = problem.removeprefix(ALL).removeprefix(", ") or "all"
+            who = "ours" if subject == "attn_ladder" else subject
+            sums.append([dtype, "all", "", who, "", *cells])
+        else:
+            rows.append([*_case(problem, subject), *cells])
+    sums.sort(key=lambda row: (row[0] == "all", row[3], row[0]))
     return Table(
-        ["case", "cache", "against", "prompts", "identical", "first difference a tie", "different"],
-        rows,
-        "64 greedy tokens for each prompt. A tie: the reference prefers its token by no more than"
-        " rounding (twice the largest difference of the logits at that step, and two units of their"
-        f" number format).{evidence.added(MODEL_FILE)}",
-        frozenset({len(rows) - 1}) if len(rows) > 1 else frozenset(),
-        "lllrrrr",
-        labels=3,
-    )
+        ["", "case", "cache", "tokens of", "against", "prompts", "identical",
+         "first difference a tie", "different"],
+        rows + sums,
+        "64 greedy tokens for each prompt; sdpa against eager shows what two references make of it."
+        " A tie: where tokens first differ, the margin between the two tokens in fp32 logits (same"
+        " weights, eager attention) and our largest distance from these logits are both within"
+        f" twice the references' largest distance.{evidence.added(MODEL_FILE)}",
+        frozenset({len(rows)}) if rows else frozenset(),
+        "lllllrrrr",
+        labels=5,
+    )  # fmt: skip
 
 
 def token_differences(evidence: Evidence) -> Table:
-    """Where tokens differ: the figures of the first difference."""
+    """Where tokens differ: the figures of the first differences, median and largest of a group."""
+    groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    for problem, subject in evidence.all_of(MODEL, "first_difference_agree"):
+        dtype, _, _, who, against = _case(problem.rpartition(", ")[0], subject)
+        values = {
+            name: evidence.metric(MODEL, problem, subject, f"first_difference_{name}")
+            for name in (*FIGURES, "tie")
+        }
+        found = {name: value.value for name, value in values.items() if value is not None}
+        groups.setdefault((dtype, who, against), []).append(found)
     rows = []
-    for (problem, subject), agree in evidence.all_of(MODEL, "first_difference_agree").items():
-        place, _, prompt = problem.rpartition(", ")
-        found = [
-            evidence.metric(MODEL, problem, subject, f"first_difference_{name}")
-            for name in ("margin", "rounding", "ulp", "tie")
-        ]
-        figures = ["–" if value is None else f"{value.value:.3g}" for value in found[:3]]
-        tie = "yes" if found[3] and found[3].value else "no"
-        rows.append([*_case(place), prompt.removesuffix(" tokens"), number(agree), *figures, tie])
-    measured = bool(evidence.all_of(MODEL, "token_agreement"))
-    if measured and not rows:
-        rows = [["none", "", "", "", "no token differs", "", "", "", ""]]
+    for names, group in sorted(groups.items()):
+        columns = (
+            [each["margin"] / each["ulp"] for each in group],
+            [abs(each["exact_margin"]) for each in group],
+            [each["logit_error"] for each in group],
+            [abs(each["exact_margin"]) / each["reference_error"] for each in group],
+            [each["logit_error"] / each["reference_error"] for each in group],
+        )
+        cells = [f"{median(column):.2g}, {max(column):.2g}" for column in columns]
+        ties = sum(bool(each["tie"]) for each in group)
+        rows.append([*names, str(len(group)), *cells, str(ties)])
+    if not rows and evidence.all_of(MODEL, "token_agreement"):
+        rows = [["none", "", "", "no token differs", *[""] * 6]]
     return Table(
-        ["case", "cache", "against", "prompt", "tokens before", "margin", "rounding", "unit",
-         "tie"],
+        ["", "tokens of", "against", "differences", "margin, units", "exact", "error",
+         "exact / bound", "error / bound", "ties"],
         rows,
-        "Margin: by how much the reference prefers its token. Rounding: the largest difference of"
-        " the two logits at that step. Unit: of the logits' number format there.",
-        align="lllrrrrrl",
-        labels=4,
+        "Of each first difference; median, largest. Margin: by how much the reference prefers its"
+        " token, in units of the logits' number format. Exact: the same in fp32 logits. Error:"
+        " largest distance from the fp32 logits. Bound: that distance of the references; a tie has"
+        " both within twice that. Every difference is in results/metrics.csv, first_difference_*.",
+        align="lllrrrrrrr",
+        labels=3,
     )  # fmt: skip
 
 

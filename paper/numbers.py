@@ -450,6 +450,11 @@ def _in_use(evidence: Evidence) -> dict[str, str]:
     for name in ("prompts", "ties", "differences"):
         count = evidence.metric(model, tidy_serving.TOKENS, library, f"token_{name}")
         put(text(count, 0), "token", name)
+    for dtype, format_word in (("bf16", "bfloat"), ("fp16", "half")):
+        for subject, word in ((library, "ours"), ("sdpa", "references")):
+            whole = f"{tidy_serving.TOKENS}, {dtype}"
+            share = evidence.metric(model, whole, subject, "token_agreement")
+            put(text(share and Value(100 * share.value), 1), "tokens", format_word, word, "percent")
     for name in ("cache_bytes", "expanded_bytes"):
         sizes = [value.value / 1e6 for value in evidence.all_of(model, name).values()]
         put(text(Value(sizes[0]) if sizes else None, 0), name.split("_")[0], "megabytes")

@@ -48,17 +48,22 @@ def test_the_decode_table_has_every_shape_with_its_interval(evidence):
 
 
 def test_the_token_tables_have_cases_and_first_differences(evidence):
-    rows = {tuple(row[:3]): row[3:] for row in in_use.tokens(evidence).rows}
-    assert rows["alone", "dynamic", "sdpa"] == ["3", "2", "1", "0"]
-    assert rows["alone", "static", "eager"] == ["3", "3", "0", "0"]
-    assert rows["all", "", ""] == ["12", "11", "1", "0"]
-    (row,) = in_use.token_differences(evidence).rows
-    assert row == ["alone", "dynamic", "sdpa", "55", "31", "0", "0.125", "0.125", "yes"]
+    rows = {tuple(row[:5]): row[5:] for row in in_use.tokens(evidence).rows}
+    assert rows["bf16", "alone", "dynamic", "ours", "sdpa"] == ["3", "2", "1", "0"]
+    assert rows["bf16", "alone", "dynamic", "sdpa", "eager"] == ["3", "2", "1", "0"]
+    assert rows["fp16", "alone", "static", "ours", "eager"] == ["3", "3", "0", "0"]
+    assert rows["bf16", "all", "", "ours", ""] == ["12", "11", "1", "0"]
+    assert rows["all", "all", "", "ours", ""] == ["23", "22", "1", "0"]
+    assert rows["all", "all", "", "sdpa", ""] == ["11", "10", "1", "0"]
+    ours, sdpa = in_use.token_differences(evidence).rows
+    figures = ["1", "2, 2", "0.03, 0.03", "0.1, 0.1", "0.15, 0.15", "0.5, 0.5", "1"]
+    assert ours == ["bf16", "ours", "sdpa", *figures]
+    assert sdpa == ["bf16", "sdpa", "eager", *figures]
 
 
 def test_the_case_of_a_bounded_cache_keeps_its_comma():
-    found = in_use._case("batch of the short, bounded, past, against eager")
-    assert found == ["batch of the short", "bounded, past", "eager"]
+    found = in_use._case("batch of the short, bounded, past, fp16, against eager", "attn_ladder")
+    assert found == ["fp16", "batch of the short", "bounded, past", "ours", "eager"]
 
 
 def test_the_speed_table_has_a_row_for_each_measurement(evidence):
@@ -76,7 +81,10 @@ def test_the_prose_has_its_numbers(evidence):
     assert found[r"\DecodeOverFaThreeSmall"].startswith("1.25")
     assert found[r"\DecodeCleanLarge"].startswith("1.15")
     assert found[r"\DecodeChecksWrong"] == "0" and found[r"\TokenTies"] == "1"
-    assert found[r"\TokenAgreementPercent"] == "91.7" and found[r"\TokenDifferences"] == "0"
+    assert found[r"\TokensBfloatOursPercent"] == "91.7"
+    assert found[r"\TokensHalfOursPercent"] == "100.0"
+    assert found[r"\TokensBfloatReferencesPercent"] == "83.3"
+    assert found[r"\TokenAgreementPercent"] == "95.7" and found[r"\TokenDifferences"] == "0"
     assert (found[r"\CacheMegabytes"], found[r"\ExpandedMegabytes"]) == ("377", "1132")
     assert int(found[r"\DecodeOfCopyLeast"]) > 80
 

@@ -353,7 +353,9 @@ def test_what_the_script_finds_becomes_the_record(step, monkeypatch):
         "stopped": "the rest at 400 s", "elapsed_s": 400.0, "dtype": "bfloat16",
         "token_agreement": [
             {"case": "alone", "cache": "static", "against": "sdpa", "prompt_tokens": 5,
-             "new_tokens": 64, "dtype": "torch.bfloat16", "same": True, "agree": 64},
+             "implementation": name, "new_tokens": 64, "dtype": "torch.bfloat16", "same": True,
+             "agree": 64} for name in ("attn_ladder", "sdpa")
+        ] + [
             {"case": "alone", "cache": "static", "error": "RuntimeError: no"},
         ],
         "speed": [{**speed, "dtype": "torch.bfloat16", "seconds": [0.5, 0.25], "tokens": 10,
@@ -439,14 +441,20 @@ def test_the_tables_find_the_truth_of_decoding():
 
 def test_the_tables_find_the_tokens_memory_and_speed_of_the_model():
     rows = [r for r in shared_rows("metrics.csv") if r["suite"] == "model"]
-    token = {"problem": "alone, dynamic, against sdpa", "statistic": "value"}
+    token = {
+        "problem": "alone, dynamic, bf16, against sdpa", "subject": "attn_ladder",
+        "statistic": "value",
+    }  # fmt: skip
     assert float(one(rows, metric="token_agreement", **token)["value"]) == pytest.approx(2 / 3)
     assert one(rows, metric="token_ties", **token)["value"] == "1"
-    whole = {"problem": "(tokens)", "statistic": "value"}
+    whole = {"problem": "(tokens)", "subject": "attn_ladder", "statistic": "value"}
     assert one(rows, metric="token_differences", **whole)["value"] == "0"
-    assert one(rows, metric="token_prompts", **whole)["value"] == "12"
-    difference = "alone, dynamic, against sdpa, 55 tokens"
-    assert one(rows, problem=difference, metric="first_difference_agree")["value"] == "31"
+    assert one(rows, metric="token_prompts", **whole)["value"] == "23"
+    whole["problem"] = "(tokens), fp16"
+    assert one(rows, metric="token_agreement", **whole)["value"] == "1"
+    difference = {"problem": "alone, dynamic, bf16, against sdpa, 55 tokens"}
+    assert one(rows, metric="first_difference_agree", **difference)["value"] == "31"
+    assert one(rows, metric="first_difference_exact_margin", **difference)["value"] == "-0.03"
     cache = one(rows, metric="cache_bytes")
     assert one(rows, metric="expanded_bytes")["value"] == f"{3 * float(cache['value']):.9g}"
     speed = {"problem": "prefill, batch 8", "subject": "sdpa", "metric": "tokens_per_s"}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from attn_profiling import serving_model as sm
+from attn_profiling import serving_tokens as st
 
 
 @pytest.mark.slow
@@ -31,6 +32,7 @@ def test_a_tiny_model_gives_the_tokens_of_sdpa_and_eager(tmp_path):
     assert all(row["same"] and row["agree"] == sm.TINY.new_tokens for row in rows)
     assert {row["cache"] for row in rows} == {"dynamic", "static", "bounded", "bounded, past"}
     assert {row["against"] for row in rows} == {"sdpa", "eager"}
+    assert {row["implementation"] for row in rows} == {"attn_ladder", "sdpa"}
     assert found["memory"]["expanded_bytes"] == 3 * found["memory"]["cache_bytes"]
     speed = {(row["kind"], row["implementation"]) for row in found["speed"]}
     assert len(speed) == 4 and all("tokens_per_s" in row for row in found["speed"])
@@ -45,21 +47,97 @@ def rows(*margins):
     return logits.argmax(-1), logits
 
 
+def agreement(logits, want, want_logits, exact=None, references=()):
+    """With exact logits that are the reference's, unless others are given."""
+    judge = lambda step: ((want_logits if exact is None else exact)[step], list(references))  # noqa: E731
+    return st.agreement(logits.argmax(-1), logits, want, want_logits, torch.bfloat16, judge)
+
+
 def test_a_difference_within_rounding_is_a_tie_and_a_larger_one_is_not():
     want, want_logits = rows(5.0, 0.125, 5.0)
-    same = sm.agreement(want, want_logits, want, want_logits, torch.bfloat16)
-    assert same == {"same": True, "agree": 3}
-    logits = want_logits.clone()
+    assert agreement(want_logits, want, want_logits) == {"same": True, "agree": 3}
+    logits, exact = want_logits.clone(), want_logits.clone()
     logits[1, 1] -= 0.25  # two units of bf16 at 20
-    found = sm.agreement(logits.argmax(-1), logits, want, want_logits, torch.bfloat16)
+    exact[1, 1] -= 0.0625  # the reference is off by as much, the margin is half of that
+    exact[1, 3] += 0.125
+    found = agreement(logits, want, want_logits, exact)
     assert not found["same"] and found["tie"] and found["agree"] == 1
     assert found["margin"] == found["ulp"] == 0.125 and found["rounding"] == 0.25
-    # the same step in fp16, whose unit there is an eighth of that
-    assert not sm.agreement(logits.argmax(-1), logits, want, want_logits, torch.float16)["tie"]
+    figures = {name: found[name] for name in ("exact_margin", "logit_error", "reference_error")}
+    assert figures == {"exact_margin": 0.0625, "logit_error": 0.1875, "reference_error": 0.125}
+    # our logits further from the exact ones than twice the references': no tie
+    far = logits.clone()
+    far[1, 4] = 0.3
+    assert not agreement(far, want, want_logits, exact)["tie"]
+    # unless the other reference is as far
+    other = want_logits[1].clone()
+    other[4] = 0.2
+    assert agreement(far, want, want_logits, exact, [other])["tie"]
+    # a margin that rounding does not explain
     wrong = want_logits.clone()
     wrong[0, 1] = 0.0
-    found = sm.agreement(wrong.argmax(-1), wrong, want, want_logits, torch.bfloat16)
-    assert not found["tie"] and found["agree"] == 0 and found["margin"] == 5.0
+    found = agreement(wrong, want, want_logits, exact)
+    assert found["agree"] == 0 and found["exact_margin"] == 5.0 and not found["tie"]
+
+
+def test_an_attention_that_is_wrong_gives_no_tie():
+    """A model whose last product is scaled, as by a forgotten key, against itself in fp32."""
+    model = sm.tiny_llama().bfloat16()
+    runner = sm.Runner(model, list(range(2, 97)), sm.TINY)
+    judge = st.Judge(runner)
+    (ids,) = runner.prompts((9,))
+    exact, references = judge(ids)
+    assert len(references) == 2 and references[0].shape == exact.shape == (97,)
+    assert exact.dtype == torch.float32
+    best = int(exact.argmax())
+    want, want_logits = torch.tensor([best]), references[0][None]
+    wrong = references[0].roll(1)[None]
+    found = st.agreement(
+        wrong.argmax(-1), wrong, want, want_logits, torch.bfloat16, lambda step: (exact, references)
+    )
+    assert not found["same"] and not found["tie"]
+    assert found["logit_error"] > 2 * found["reference_error"] > 0
+
+
+def test_the_shares_of_the_cases_are_all_of_them_once():
+    cases = [("batch of all", i, "dynamic") for i in range(2)] + [("alone", 5, "static")]
+    cases += [("alone", i, "dynamic") for i in range(20)]
+    parts = [st.shared(cases, k, 3) for k in range(3)]
+    assert sorted(map(str, sum(parts, []))) == sorted(map(str, cases))
+    assert [len(part) for part in parts] == [3, 10, 10] and st.shared(cases, 0, 1) == cases
+
+
+def test_processes_side_by_side_give_one_report(tmp_path, monkeypatch):
+    """Every number format and share once; what one process says of its end is kept."""
+
+    class Worker:
+        def __init__(self, command):
+            self.command = command
+            out = command[command.index("--out") + 1]
+            dtype = command[command.index("--dtype") + 1]
+            share = command[command.index("--tokens") + 1]
+            row = {"case": share, "dtype": dtype}
+            data = {"token_agreement": [row], "stopped": None}
+            if (dtype, share) == ("float16", "1/3"):
+                data["error"] = "out of memory"
+            if (dtype, share) != ("float16", "2/3"):
+                with open(out, "w") as handle:
+                    json.dump(data, handle)
+            self.code = -9 if (dtype, share) == ("float16", "2/3") else 0
+
+        def wait(self):
+            return self.code
+
+    monkeypatch.setattr(sm.subprocess, "Popen", Worker)
+    report = sm.Report(None, 100.0)
+    report.data = {"token_agreement": []}
+    options = sm.argparse.Namespace(out=tmp_path / "out.json", device="cuda", model="m.gguf")
+    sm.tokens_side_by_side(report, options)
+    found = [(row["dtype"], row["case"]) for row in report.data["token_agreement"]]
+    every = [(dtype, f"{k}/3") for dtype in sm.DTYPES for k in range(3)]
+    assert found == [each for each in every if each != ("float16", "2/3")]
+    assert report.data["error"] == "tokens in float16, part 2: ended with exit status -9"
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_prompts_are_of_the_suite_and_padding_is_on_the_left():
@@ -86,6 +164,7 @@ def test_a_difference_shows_in_the_table():
     row = {
         "case": "alone", "cache": "dynamic", "against": "sdpa", "prompt_tokens": 7, "same": False,
         "agree": 3, "margin": 2.0, "rounding": 0.1, "ulp": 0.125, "tie": False,
+        "exact_margin": 1.9, "logit_error": 0.1, "reference_error": 0.1,
     }  # fmt: skip
     data = {"token_agreement": [row], "speed": [], "elapsed_s": 1.0}
     text = sm.table(data)

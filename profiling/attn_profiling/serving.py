@@ -563,7 +563,7 @@ def summary(data: Record) -> list[str]:
     if data["schema"].split("/")[1] == "model":
         if data["reason"]:
             return [data["reason"]]
-        rows = data["token_agreement"]
+        rows = [r for r in data["token_agreement"] if r.get("implementation") != "sdpa"]
         same = sum(row.get("same", False) for row in rows)
         ties = sum(row.get("tie", False) for row in rows)
         lines = [f"tokens: {same} of {len(rows)} prompts the same, {ties} ties"]

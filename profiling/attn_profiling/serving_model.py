@@ -2,11 +2,11 @@
 
     python -m attn_profiling.serving_model --model FILE.gguf --out FILE [--seconds 240]
 
-Greedy tokens of `attn_ladder` against those of `sdpa` and `eager`, alone and in batches padded on
+Prefill and decode in tokens per second, FA3 too where it is installed, and the memory of the cache
+with key heads as they are and expanded. Then greedy tokens of `attn_ladder` against those of `sdpa`
+and `eager`, and of these two against each other, in bf16 and fp16, alone and in batches padded on
 the left, with a dynamic, a static and a bounded cache, past the bounded cache's limit. Where tokens
-differ, both candidates' logits say whether it was a tie: the difference is compared with what
-rounding did to the other logits of the same step. Then the memory of the cache with key heads as
-they are and expanded, and prefill and decode in tokens per second; FA3 too where it is installed.
+differ, the same weights in fp32 say whether it was a tie (`serving_tokens.agreement`).
 
 `--device cpu` (TRITON_INTERPRET=1) runs fewer and shorter prompts, and a tiny random Llama where no
 file is named.
@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from attn_profiling.serving_check import Report, _error
+from attn_profiling.serving_tokens import OURS, check_tokens
 
 LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 64, 89, 128, 144, 200, 256, 377, 512, 777, 1024, 2048)
 TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
-OURS = "attn_ladder"
 FA3 = "attn_ladder_fa3"
-ULPS = 2  # of the logits' number format: what a tie may differ by
+DTYPES = ("bfloat16", "float16")
+SHARES = 3  # processes side by side for the tokens of a number format: the host is the limit
 
 
 @dataclass(frozen=True)
@@ -151,76 +154,29 @@ class Runner:
         return done.sequences[:, ids.shape[1] :], torch.stack(done.logits, 1).float()
 
 
-def ulp(torch: Any, value: float, dtype: Any) -> float:
-    """The distance of a number to the next one of a number format."""
-    x = torch.tensor(abs(value), dtype=dtype)
-    return float((torch.nextafter(x, torch.full_like(x, float("inf"))) - x).float())
-
-
-def agreement(tokens: Any, logits: Any, want: Any, want_logits: Any, dtype: Any) -> dict[str, Any]:
-    """How far two rows of greedy tokens agree, and what the first difference looks like.
-
-    `margin`: by how much the reference prefers its token to ours. `rounding`: the largest
-    difference of the two logits at that step. A tie is a margin within both implementations'
-    rounding, 2 * `rounding`, and within ULPS of the logits' format.
-    """
-    import torch
-
-    differs = (tokens != want).nonzero()
-    if not len(differs):
-        return {"same": True, "agree": len(want)}
-    step = int(differs[0])
-    ours, theirs = int(tokens[step]), int(want[step])
-    margin = float(want_logits[step, theirs] - want_logits[step, ours])
-    rounding = float((logits[step] - want_logits[step]).abs().max())
-    unit = ulp(torch, float(want_logits[step, theirs]), dtype)
-    return {
-        "same": False, "agree": step, "margin": margin, "rounding": rounding, "ulp": unit,
-        "tie": margin <= 2 * rounding and margin <= ULPS * unit,
-    }  # fmt: skip
-
-
-def token_cases(runner: Runner) -> list[tuple[str, list[Any], str]]:
-    """(name, prompts that form a batch, cache), what matters most first."""
-    prompts = runner.prompts(runner.run.lengths)
-    short = [prompt for prompt in prompts if prompt.shape[1] <= 256]
-    cases = [
-        ("batch of all", prompts, "dynamic"),
-        ("batch of all", prompts, "static"),
-        ("batch of the short", short, "bounded"),
-        ("batch of the short", short, "bounded, past"),
-    ]
-    middle = prompts[len(prompts) // 2]
-    cases += [("alone", [middle], cache) for cache in ("static", "bounded", "bounded, past")]
-    return cases + [("alone", [prompt], "dynamic") for prompt in prompts]
-
-
-def check_tokens(report: Report, runner: Runner, references: tuple[str, ...], share: float) -> None:
-    """Every case against every reference, a row of the report for each prompt."""
-    dtype = runner.model.dtype
-    known: dict[Any, Any] = {}  # the references' results, as several caches of ours share them
-    for name, prompts, cache in token_cases(runner):
-        if report.over(share):
-            return
-        ids, mask = runner.padded(prompts)
-        plain = "dynamic" if cache.startswith("bounded") else cache
-        try:
-            tokens, logits = runner.greedy(OURS, ids, mask, cache)
-            for reference in references:
-                key = (reference, plain, tuple(prompt.shape[1] for prompt in prompts))
-                if key not in known:
-                    known[key] = runner.greedy(reference, ids, mask, plain)
-                want, want_logits = known[key]
-                for row, prompt in enumerate(prompts):
-                    found = agreement(tokens[row], logits[row], want[row], want_logits[row], dtype)
-                    entry = {
-                        "case": name, "cache": cache, "against": reference,
-                        "prompt_tokens": prompt.shape[1], "new_tokens": len(want[row]),
-                        "dtype": str(dtype), **found,
-                    }  # fmt: skip
-                    report.add("token_agreement", entry)
-        except Exception as error:
-            report.add("token_agreement", {"case": name, "cache": cache, "error": _error(error)})
+def tokens_side_by_side(report: Report, options: argparse.Namespace) -> None:
+    """`check_tokens` in processes of their own, for every number format."""
+    parts = [(dtype, k) for dtype in DTYPES for k in range(SHARES)]
+    files = [options.out.with_name(f"{options.out.name}.{dtype}.{k}") for dtype, k in parts]
+    left = max(1.0, report.seconds - report.elapsed())
+    command = [sys.executable, "-m", "attn_profiling.serving_model", "--device", options.device]
+    command += ["--model", str(options.model), "--seconds", f"{left:g}"]
+    workers = []
+    for (dtype, k), path in zip(parts, files, strict=True):
+        path.unlink(missing_ok=True)
+        more = ["--dtype", dtype, "--tokens", f"{k}/{SHARES}", "--out", str(path)]
+        workers.append(subprocess.Popen([*command, *more]))
+    for worker, (dtype, k), path in zip(workers, parts, files, strict=True):
+        code = worker.wait()
+        found = json.loads(path.read_text()) if path.is_file() else {"token_agreement": []}
+        path.unlink(missing_ok=True)
+        report.data["token_agreement"] += found["token_agreement"]
+        for word in ("stopped", "error"):
+            if found.get(word):
+                report.data[word] = f"tokens in {dtype}: {found[word]}"
+        if code not in (0, 1):
+            report.data["error"] = f"tokens in {dtype}, part {k}: ended with exit status {code}"
+    report.write()
 
 
 def check_memory(report: Report, runner: Runner) -> None:
@@ -373,21 +329,28 @@ def table(data: dict[str, Any]) -> str:
     """The short report."""
     lines = []
     rows = data["token_agreement"]
-    for key in dict.fromkeys((r["case"], r["cache"], r.get("against")) for r in rows):
-        group = [r for r in rows if (r["case"], r["cache"], r.get("against")) == key]
+    columns = ("dtype", "implementation", "case", "cache", "against")
+
+    def place(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(name, "")).removeprefix("torch.") for name in columns)
+
+    for key in dict.fromkeys(map(place, rows)):
+        group = [r for r in rows if place(r) == key]
         errors = [r["error"] for r in group if "error" in r]
         same = sum(r.get("same", False) for r in group)
         ties = sum(r.get("tie", False) for r in group)
         lines.append(
-            f"{key[0]:20} {key[1]:14} {key[2] or '':6}: {same} of {len(group)} prompts the same,"
-            f" {ties} ties, {len(group) - same - ties - len(errors)} different"
+            f"{key[0]:8} {key[1]:11} {key[2]:18} {key[3]:13} {key[4]:5}:"
+            f" {same} of {len(group)} prompts the same, {ties} ties,"
+            f" {len(group) - same - ties - len(errors)} different"
             + "".join(f"; {error}" for error in errors)
         )
         for row in group:
             if not row.get("same", True):
                 lines.append(
                     f"    {row['prompt_tokens']} tokens: differs at {row['agree']}, margin"
-                    f" {row['margin']:.4g}, rounding {row['rounding']:.4g}, ulp {row['ulp']:.4g}"
+                    f" {row['margin']:.4g}, exact {row['exact_margin']:.4g}, error"
+                    f" {row['logit_error']:.4g}, the references' {row['reference_error']:.4g}"
                 )
     if "memory" in data:
         memory = data["memory"]
@@ -414,6 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--seconds", type=float, default=240.0, help="stop after so many")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--tokens", help="K/N: only tokens, the K-th of N parts of the cases")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument(
         "--fa3", default=os.environ.get("ATTN_LADDER_FA3_MODULE", "fa3_fwd_interface")
@@ -441,24 +405,33 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             model, text = load(options.model, getattr(torch, options.dtype), options.device)
         runner = Runner(model, text, TINY if options.device == "cpu" else REAL)
-        implementations = [OURS, "sdpa"]
-        if options.device == "cuda":
-            report.data["facts"]["gpu"] = torch.cuda.get_device_name()
-            try:
-                register_fa3(options.fa3)
-                implementations.append(FA3)
-            except Exception as error:
-                report.data["fa3"] = _error(error)
-        check_speed(report, runner, implementations)
-        check_memory(report, runner)
-        check_tokens(report, runner, ("sdpa", "eager"), 1.0)
+        if options.tokens:
+            k, n = map(int, options.tokens.split("/"))
+            check_tokens(report, runner, (k, n))
+        else:
+            implementations = [OURS, "sdpa"]
+            if options.device == "cuda":
+                report.data["facts"]["gpu"] = torch.cuda.get_device_name()
+                try:
+                    register_fa3(options.fa3)
+                    implementations.append(FA3)
+                except Exception as error:
+                    report.data["fa3"] = _error(error)
+            check_speed(report, runner, implementations)
+            check_memory(report, runner)
+            if options.device == "cpu":
+                check_tokens(report, runner)
+            else:
+                tokens_side_by_side(report, options)
     except Exception as error:
         report.data["error"] = _error(error)
     report.write()
-    print(table(report.data))
+    if not options.tokens:
+        print(table(report.data))
     faulthandler.cancel_dump_traceback_later()
     rows = report.data["token_agreement"]
-    wrong = [r for r in rows if "error" in r or not (r["same"] or r["tie"])]
+    ours = [r for r in rows if r.get("implementation", OURS) == OURS]
+    wrong = [r for r in ours if "error" in r or not (r["same"] or r["tie"])]
     return int(bool(wrong) or "error" in report.data or not rows)
 
 

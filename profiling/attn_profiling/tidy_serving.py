@@ -27,6 +27,9 @@ CHECKS, TOKENS = "(checks)", "(tokens)"
 """Stand in the column `problem` for what belongs to no single one."""
 MODEL = "model"
 IMPLEMENTATIONS = {"attn_ladder_fa3": "fa3"}
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+FIGURES = ("margin", "rounding", "ulp", "exact_margin", "logit_error", "reference_error")
+"""Of the first difference of two rows of tokens (`serving_tokens.agreement`)."""
 
 Ratios = dict[str, list[tuple[Problem, stats.Replicates]]]
 
@@ -217,29 +220,41 @@ def models(tidier: Tidier) -> None:
             continue
         if tidier.is_stale(path, data, "transformers"):
             continue
-        dtype = {"bfloat16": "bf16", "float16": "fp16"}.get(data["dtype"], data["dtype"] or "-")
+        dtype = _short(data["dtype"] or "-")
         for name, text in sorted(data["errors"].items()):
             tidier.left_out(data, name, "attn_ladder", "error", text)
-        _tokens(tidier, data, dtype)
+        _tokens(tidier, data)
         _memory(tidier, data, dtype)
         _speed(tidier, path, data, dtype)
 
 
 def token_case(row: Mapping[str, Any]) -> str:
     """What stands in the column `problem` for a group of prompts."""
-    return ", ".join([row["case"], row["cache"], f"against {row.get('against', '-')}"])
+    return ", ".join(
+        [
+            row["case"],
+            row["cache"],
+            _short(row.get("dtype", "-")),
+            f"against {row.get('against', '-')}",
+        ]
+    )
 
 
-def _tokens(tidier: Tidier, data: record.Record, dtype: str) -> None:
-    rows = data["token_agreement"]
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(token_case(row), []).append(row)
+def _short(dtype: str) -> str:
+    name = dtype.removeprefix("torch.")
+    return DTYPES.get(name, name)
+
+
+def _tokens(tidier: Tidier, data: record.Record) -> None:
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in data["token_agreement"]:
+        dtype, subject = _short(row.get("dtype", "-")), row.get("implementation", "attn_ladder")
+        groups.setdefault((token_case(row), dtype, subject), []).append(row)
+        groups.setdefault((f"{TOKENS}, {dtype}", dtype, subject), []).append(row)
+        groups.setdefault((TOKENS, "-", subject), []).append(row)
         if "error" in row:
-            tidier.left_out(data, token_case(row), "attn_ladder", "error", row["error"])
-    for problem, group in [*groups.items(), (TOKENS, rows)]:
-        if not group:
-            continue
+            tidier.left_out(data, token_case(row), subject, "error", row["error"])
+    for (problem, dtype, subject), group in groups.items():
         same = sum(row.get("same", False) for row in group)
         ties = sum(row.get("tie", False) for row in group)
         for name, value in (
@@ -248,16 +263,17 @@ def _tokens(tidier: Tidier, data: record.Record, dtype: str) -> None:
             ("token_ties", ties),
             ("token_differences", len(group) - same - ties),
         ):
-            tidier.row(MODEL, problem, dtype, "attn_ladder", "-", name, "1", value=value)
-    for problem, group in groups.items():
+            tidier.row(MODEL, problem, dtype, subject, "-", name, "1", value=value)
+        if problem.startswith(TOKENS):
+            continue
         for row in group:
             if row.get("same", True):
                 continue
             place = f"{problem}, {row['prompt_tokens']} tokens"
-            for name in ("agree", "margin", "rounding", "ulp", "tie"):
-                value = float(row[name])
+            for name in ("agree", *FIGURES, "tie"):
                 metric = f"first_difference_{name}"
-                tidier.row(MODEL, place, dtype, "attn_ladder", "-", metric, "1", value=value)
+                value = float(row[name])
+                tidier.row(MODEL, place, dtype, subject, "-", metric, "1", value=value)
 
 
 def _memory(tidier: Tidier, data: record.Record, dtype: str) -> None:
