@@ -27,8 +27,11 @@ class Judge:
     make of it in the model's number format."""
 
     def __init__(self, runner: Any) -> None:
+        import torch
+
         self.model = runner.model
-        self.exact: Any = copy.deepcopy(runner.model).float()
+        # as a module: transformers' own `float` refuses models that come from a GGUF file
+        self.exact: Any = torch.nn.Module.float(copy.deepcopy(runner.model))
         self.exact.set_attn_implementation("eager")
 
     def __call__(self, ids: Any) -> tuple[Any, list[Any]]:
