@@ -107,6 +107,23 @@ def test_the_shares_of_the_cases_are_all_of_them_once():
     assert [len(part) for part in parts] == [3, 10, 10] and st.shared(cases, 0, 1) == cases
 
 
+def test_calls_are_timed_in_turn_and_what_fails_is_told():
+    made, chosen = [], []
+
+    def fails():
+        made.append("c")
+        if made.count("c") == 2:
+            raise RuntimeError("no")
+
+    calls = {"a": lambda: made.append("a"), "b": lambda: made.append("b"), "c": fails}
+    found, errors = sm.timed_in_turn(torch.device("cpu"), calls, chosen.append, 4)
+    assert {name: len(seconds) for name, seconds in found.items()} == {"a": 4, "b": 4}
+    assert list(errors) == ["c"] and errors["c"].startswith("RuntimeError: no")
+    assert made == chosen and len(made) == 12  # every round, and the failing one twice
+    assert all(sorted(made[i : i + 3]) == ["a", "b", "c"] for i in (0, 3))
+    assert len({tuple(made[i : i + 2]) for i in (6, 8, 10)} | {tuple(made[:3])}) > 1
+
+
 def test_processes_side_by_side_give_one_report(tmp_path, monkeypatch):
     """Every number format and share once; what one process says of its end is kept."""
 

@@ -18,6 +18,7 @@ import argparse
 import faulthandler
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,7 @@ class Run:
     repeats: int
 
 
-REAL = Run(64, LENGTHS, ((1, 2048), (8, 2048)), ((1, 1024, 64), (16, 1024, 64)), 3)
+REAL = Run(64, LENGTHS, ((1, 2048), (8, 2048)), ((1, 1024, 64), (16, 1024, 64)), 5)
 TINY = Run(3, (1, 9), ((1, 12),), ((2, 8, 1),), 1)
 
 
@@ -211,22 +212,37 @@ def check_memory(report: Report, runner: Runner) -> None:
     report.write()
 
 
-def timed(device: Any, call: Callable[[], Any], repeats: int) -> list[float]:
-    """Wall seconds of a call that is waited for, the first one left out."""
+def timed_in_turn(
+    device: Any, calls: dict[str, Callable[[], Any]], choose: Callable[[str], Any], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """(wall seconds, errors) of calls that are waited for, by name.
+
+    Each is made once before, and then once a round, in random order, so that what the host does
+    besides falls on all of them alike. `choose` prepares for a name, unmeasured. What fails is left
+    out from then on.
+    """
     import torch
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    found = []
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    errors: dict[str, str] = {}
+    order = random.Random(0)
     for _ in range(repeats + 1):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        found.append(time.perf_counter() - start)
-    return found[1:]
+        names = [name for name in calls if name not in errors]
+        for name in order.sample(names, len(names)):
+            try:
+                choose(name)
+                wait()
+                start = time.perf_counter()
+                calls[name]()
+                wait()
+                found[name].append(time.perf_counter() - start)
+            except Exception as error:
+                errors[name] = _error(error)
+    return {name: taken[1:] for name, taken in found.items() if name not in errors}, errors
 
 
 CAPTURED_STEPS = 3  # what `captured` itself stores in the cache
@@ -264,65 +280,72 @@ def check_speed(report: Report, runner: Runner, implementations: list[str]) -> N
 
     model, run = runner.model, runner.run
 
-    def add(kind: str, implementation: str, batch: int, before: int, tokens: int,
-            call: Callable[[], Any]) -> None:  # fmt: skip
-        row: dict[str, Any] = {
-            "kind": kind, "implementation": implementation, "batch": batch, "before": before,
-            "dtype": str(model.dtype),
-        }  # fmt: skip
-        try:
-            with torch.no_grad():
-                model.set_attn_implementation(implementation)
-                seconds = timed(runner.device, call, run.repeats)
-            row |= {"seconds": seconds, "tokens": tokens}
-            row["tokens_per_s"] = batch * tokens / statistics.median(seconds)
-        except Exception as error:
-            row["error"] = _error(error)
-        report.add("speed", row)
+    def measure(kind: str, batch: int, before: int, tokens: int, repeats: int,
+                calls: dict[str, Callable[[], Any]], errors: dict[str, str]) -> None:  # fmt: skip
+        with torch.no_grad():
+            found, more = timed_in_turn(
+                runner.device, calls, model.set_attn_implementation, repeats
+            )
+        for name in [*calls, *errors]:
+            row: dict[str, Any] = {
+                "kind": kind, "implementation": name, "batch": batch, "before": before,
+                "dtype": str(model.dtype),
+            }  # fmt: skip
+            if name in found:
+                row |= {"seconds": found[name], "tokens": tokens}
+                row["tokens_per_s"] = batch * tokens / statistics.median(found[name])
+            else:
+                row["error"] = {**errors, **more}[name]
+            report.add("speed", row)
 
     def batch_of(batch: int, tokens: int) -> Any:
         return runner.prompts((tokens,))[0].expand(batch, -1).contiguous()
 
     for batch, tokens in run.prefill:
         ids = batch_of(batch, tokens)
-        for name in implementations:
-            if report.over():
-                return
-            add("prefill", name, batch, 0, tokens,
-                lambda ids=ids: model(ids, logits_to_keep=1))  # type: ignore[misc]  # fmt: skip
+        if report.over():
+            return
+
+        def prefill(ids: Any = ids) -> Any:
+            return model(ids, logits_to_keep=1)
+
+        measure("prefill", batch, 0, tokens, 4 * run.repeats,
+                dict.fromkeys(implementations, prefill), {})  # fmt: skip
     for batch, before, count in run.decode:
         ids = batch_of(batch, before)
+        if report.over():
+            return
+
+        def steps(ids: Any = ids, count: int = count) -> None:
+            cache = model(ids, logits_to_keep=1).past_key_values
+            token = ids[:, -1:]
+            for _ in range(count):
+                done = model(token, past_key_values=cache)
+                token = done.logits[:, -1:].argmax(-1)
+
+        measure("prefill and decode, eager", batch, before, count, run.repeats,
+                dict.fromkeys(implementations, steps), {})  # fmt: skip
+        if runner.device.type != "cuda":
+            continue
+        replays: dict[str, Callable[[], Any]] = {}
+        errors: dict[str, str] = {}
         for name in implementations:
-            if report.over():
-                return
-
-            def steps(ids: Any = ids, count: int = count) -> None:
-                cache = model(ids, logits_to_keep=1).past_key_values
-                token = ids[:, -1:]
-                for _ in range(count):
-                    done = model(token, past_key_values=cache)
-                    token = done.logits[:, -1:].argmax(-1)
-
-            add("prefill and decode, eager", name, batch, before, count, steps)
-            if runner.device.type != "cuda" or name == FA3:
+            if name == FA3:
                 continue
             try:
                 model.set_attn_implementation(name)
                 with torch.no_grad():
-                    replay = captured(model, ids, (run.repeats + 1) * count)
+                    replay = captured(model, ids, (4 * run.repeats + 1) * count)
             except Exception as error:
-                report.add(
-                    "speed",
-                    {"kind": "decode, graph", "implementation": name, "batch": batch,
-                     "before": before, "error": _error(error)},
-                )  # fmt: skip
+                errors[name] = _error(error)
                 continue
 
-            def replays(replay: Callable[[], Any] = replay, count: int = count) -> None:
+            def replayed(replay: Callable[[], Any] = replay, count: int = count) -> None:
                 for _ in range(count):
                     replay()
 
-            add("decode, graph", name, batch, before, count, replays)
+            replays[name] = replayed
+        measure("decode, graph", batch, before, count, 4 * run.repeats, replays, errors)
 
 
 def table(data: dict[str, Any]) -> str:
