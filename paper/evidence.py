@@ -45,6 +45,7 @@ PROFILE = "profile"
 REPLACED = {
     "interrupted": ", which was interrupted",
     "kernel changed": ", of a kernel that has changed since",
+    "without fp32 logits": ", whose ties were not compared with fp32 logits",
     "problem changed": ", of a problem that has changed since",
     "A/A off": ", whose A/A pairs were off",
 }

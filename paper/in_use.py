@@ -131,14 +131,28 @@ def tokens(evidence: Evidence) -> Table:
         ["", "case", "cache", "tokens of", "against", "prompts", "identical",
          "first difference a tie", "different"],
         rows + sums,
-        "64 greedy tokens for each prompt; sdpa against eager shows what two references make of it."
-        " A tie: where tokens first differ, the margin between the two tokens in fp32 logits (same"
-        " weights, eager attention) and our largest distance from these logits are both within"
-        f" twice the references' largest distance.{evidence.added(MODEL_FILE)}",
+        f"64 greedy tokens for each prompt. {_tie(evidence)}{evidence.added(MODEL_FILE)}",
         frozenset({len(rows)}) if rows else frozenset(),
         "lllllrrrr",
         labels=5,
     )  # fmt: skip
+
+
+def _tie(evidence: Evidence) -> str:
+    """What a tie is in the record."""
+    if evidence.all_of(MODEL, "first_difference_margin") and not evidence.all_of(
+        MODEL, "first_difference_exact_margin"
+    ):
+        return (
+            "A tie: the reference prefers its token by no more than two units of the logits' number"
+            " format and twice the largest difference of the logits at that step."
+        )
+    return (
+        "Those of sdpa against eager show what two references make of it. A tie: where tokens first"
+        " differ, the margin between the two in fp32 logits (same weights, eager attention) and our"
+        " largest distance from these logits are both within twice the references' largest"
+        " distance."
+    )
 
 
 def token_differences(evidence: Evidence) -> Table:
@@ -154,27 +168,30 @@ def token_differences(evidence: Evidence) -> Table:
         groups.setdefault((dtype, who, against), []).append(found)
     rows = []
     for names, group in sorted(groups.items()):
+        in_fp32 = [each for each in group if "reference_error" in each]
         columns = (
             [each["margin"] / each["ulp"] for each in group],
-            [abs(each["exact_margin"]) for each in group],
-            [each["logit_error"] for each in group],
-            [abs(each["exact_margin"]) / each["reference_error"] for each in group],
-            [each["logit_error"] / each["reference_error"] for each in group],
+            [each["margin"] / each["rounding"] for each in group if each["rounding"]],
+            [abs(each["exact_margin"]) / each["reference_error"] for each in in_fp32],
+            [each["logit_error"] / each["reference_error"] for each in in_fp32],
         )
-        cells = [f"{median(column):.2g}, {max(column):.2g}" for column in columns]
+        cells = [
+            f"{median(column):.2g}, {max(column):.2g}" if column else "–" for column in columns
+        ]
         ties = sum(bool(each["tie"]) for each in group)
         rows.append([*names, str(len(group)), *cells, str(ties)])
     if not rows and evidence.all_of(MODEL, "token_agreement"):
-        rows = [["none", "", "", "no token differs", *[""] * 6]]
+        rows = [["none", "", "", "no token differs", *[""] * 5]]
     return Table(
-        ["", "tokens of", "against", "differences", "margin, units", "exact", "error",
+        ["", "tokens of", "against", "differences", "margin, units", "margin / rounding",
          "exact / bound", "error / bound", "ties"],
         rows,
-        "Of each first difference; median, largest. Margin: by how much the reference prefers its"
-        " token, in units of the logits' number format. Exact: the same in fp32 logits. Error:"
-        " largest distance from the fp32 logits. Bound: that distance of the references; a tie has"
-        " both within twice that. Every difference is in results/metrics.csv, first_difference_*.",
-        align="lllrrrrrrr",
+        "Of the first differences; median, largest. Margin: by how much the reference prefers its"
+        " token, in units of the logits' number format; rounding: the largest difference of the two"
+        " logits at that step. Exact: the margin in fp32 logits of the same weights. Error: our"
+        " largest distance from these. Bound: that distance of the references. Every difference is"
+        " in results/metrics.csv, first_difference_*.",
+        align="lllrrrrrr",
         labels=3,
     )  # fmt: skip
 

@@ -450,6 +450,8 @@ def _in_use(evidence: Evidence) -> dict[str, str]:
     for name in ("prompts", "ties", "differences"):
         count = evidence.metric(model, tidy_serving.TOKENS, library, f"token_{name}")
         put(text(count, 0), "token", name)
+    control = evidence.metric(model, tidy_serving.TOKENS, "sdpa", "token_agreement")
+    put(str(int(control is not None)), "token control")
     for dtype, format_word in (("bf16", "bfloat"), ("fp16", "half")):
         for subject, word in ((library, "ours"), ("sdpa", "references")):
             whole = f"{tidy_serving.TOKENS}, {dtype}"

@@ -462,6 +462,23 @@ def test_the_tables_find_the_tokens_memory_and_speed_of_the_model():
     assert float(one(rows, **speed, statistic="ci_low")["value"]) < 8 * 2048 / 0.025
 
 
+def test_a_record_without_fp32_logits_is_told_and_may_be_replaced(maker):
+    path = maker.folder / "serving" / "model.json"
+    data = json.loads(path.read_text())
+    assert addenda.fault(data, {}) is None
+    rows = [row for row in data["token_agreement"] if row["implementation"] == "attn_ladder"]
+    for row in rows:
+        del row["implementation"]
+        for name in ("exact_margin", "logit_error", "reference_error"):
+            row.pop(name, None)
+    path.write_text(json.dumps(data | {"token_agreement": rows}))
+    assert addenda.fault(record.read(path, "model"), {}) == "without fp32 logits"
+    tables = derived(maker)
+    assert one(tables.metrics, metric="token_ties", problem="(tokens)")["value"] == 1
+    found = {row["metric"] for row in tables.metrics}
+    assert "first_difference_margin" in found and "first_difference_exact_margin" not in found
+
+
 def test_what_is_inconclusive_is_left_out_of_the_medians(maker):
     maker.decode("smoke_decode", noisy=["decode-b1-h32-k8-d128-2k"])
     tables = derived(maker)

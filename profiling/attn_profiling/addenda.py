@@ -118,8 +118,13 @@ def fault(record: Record, problems: Mapping[str, Problem]) -> str | None:
         return "kernel changed"
     if problems and any(stale_problem(record, entry["problem"], problems) for entry in entries):
         return "problem changed"
-    of_host = record["schema"].split("/")[1] == "host"
-    if of_host and any(host_pairs.off(entry["samples"]) for entry in entries):
+    kind = record["schema"].split("/")[1]
+    if kind == "model" and any(
+        not row.get("same", True) and "reference_error" not in row
+        for row in record["token_agreement"]
+    ):
+        return "without fp32 logits"
+    if kind == "host" and any(host_pairs.off(entry["samples"]) for entry in entries):
         return "A/A off"
     return None
 

@@ -271,8 +271,9 @@ def _tokens(tidier: Tidier, data: record.Record) -> None:
                 continue
             place = f"{problem}, {row['prompt_tokens']} tokens"
             for name in ("agree", *FIGURES, "tie"):
-                metric = f"first_difference_{name}"
-                value = float(row[name])
+                if name not in row:  # a record without fp32 logits
+                    continue
+                metric, value = f"first_difference_{name}", float(row[name])
                 tidier.row(MODEL, place, dtype, subject, "-", metric, "1", value=value)
 
 

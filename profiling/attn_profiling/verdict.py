@@ -199,8 +199,10 @@ def decide(found: Interval | None, hypothesis: Hypothesis, noise_floor: float = 
         return INCONCLUSIVE
     at_least, threshold = hypothesis.at_least is not None, hypothesis.threshold
     if hypothesis.by_point:
-        met = found.value >= threshold if at_least else found.value <= threshold
-        return SUPPORTED if met else REFUTED
+        exact = found.df == float("inf")  # then the ends are what missing problems may make of it
+        ends = (found.low, found.high) if exact else (found.value,)
+        met = {end >= threshold if at_least else end <= threshold for end in ends}
+        return INCONCLUSIVE if len(met) > 1 else SUPPORTED if met.pop() else REFUTED
     if min(found.n_processes, found.n) < LEAST:
         return INCONCLUSIVE
     slack = abs(found.value) * noise_floor
@@ -308,11 +310,11 @@ class Evidence:
     def stands(self, hypothesis: Hypothesis, suite: str) -> bool:
         """Whether what a hypothesis speaks of was measured on every problem that it names, with an
         A/A pair that agreed; a median leaves out problems whose pair did not, at most a tenth, but
-        no others."""
+        no others, and where some problems may be off these may be missing."""
         witness, regime = hypothesis.witness, hypothesis.regime
         if hypothesis.every is not None:
             needed = self.every_problem.get(suite, {}).get(hypothesis.every, ())
-            return bool(needed) and all(self._has(witness, suite, regime, p) for p in needed)
+            return bool(needed) and self.missing(hypothesis, suite) <= witness.get("all_but", 0)
         if witness.get("problem", MEDIAN) == MEDIAN:
             needed = self.every_problem.get(suite, {}).get(MINIMUM, ())
             off = [p for p in needed if (suite, regime, p) not in self.conclusive]
@@ -325,6 +327,12 @@ class Evidence:
         if witness.get("metric") in HOST_PAIRS:
             return agree(self.host_pairs.get((suite, witness["problem"]), {}), witness["metric"])
         return (suite, regime, witness["problem"]) in self.conclusive
+
+    def missing(self, hypothesis: Hypothesis, suite: str) -> int:
+        """Of how many problems that it names a hypothesis over all of them knows nothing."""
+        needed = self.every_problem.get(suite, {}).get(str(hypothesis.every), ())
+        had = (self._has(hypothesis.witness, suite, hypothesis.regime, p) for p in needed)
+        return sum(not has for has in had)
 
     def _tried(self, hypothesis: Hypothesis, suite: str, problem: str) -> bool:
         """Whether a problem was measured, with whatever A/A pair."""
@@ -374,8 +382,11 @@ class Evidence:
         if reduce == "median":
             return stats.over_values(found)
         ranked = sorted(found, reverse=reduce == "max")
-        chosen = ranked[min(witness.get("all_but", 0), len(ranked) - 1)]
-        return Interval(chosen, chosen, chosen, float("inf"), len(found), len(found))
+        most = witness.get("all_but", 0)
+        least = max(0, most - self.missing(hypothesis, suite))  # as if all that are missing are off
+        if_off, if_fine = (ranked[min(n, len(ranked) - 1)] for n in (least, most))
+        low, high = sorted((if_off, if_fine))
+        return Interval(if_off, low, high, float("inf"), len(found), len(found))
 
     def control(self, control: Mapping[str, str] | None) -> str:
         """`passed`, `failed`, `not measured`, or `none` where no control is named; `passed` says
