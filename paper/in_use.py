@@ -200,6 +200,8 @@ def serving_speed(evidence: Evidence) -> Table:
     """Tokens a second of a model, wall time, by attention implementation."""
     found = evidence.all_of(MODEL, "tokens_per_s")
     names = ("attn_ladder", "sdpa", REFERENCE_PEER)
+    turns = [value.value for value in evidence.all_of(MODEL, "taken_in_turn").values()]
+    how = "in turn" if turns and all(turns) else "one after the other"
     rows = []
     for problem in sorted({problem for problem, _ in found}):
         values: list[Value | None] = [found.get((problem, name)) for name in names]
@@ -209,8 +211,8 @@ def serving_speed(evidence: Evidence) -> Table:
     return Table(
         ["", "ours", "sdpa", "FA3", "ours over sdpa"],
         rows,
-        "Tokens a second of wall time, the same model with one attention implementation after the"
-        " other; intervals are of one process. Decode as a CUDA graph: FA3 is not registered with a"
-        f" static cache.{evidence.added(MODEL_FILE)}",
+        f"Tokens a second of wall time, the same model with the attention implementations {how};"
+        " intervals are of one process. Eager, the host's time decides. Decode as a CUDA graph: FA3"
+        f" is not registered with a static cache.{evidence.added(MODEL_FILE)}",
         align="lrrrr",
     )

@@ -436,7 +436,7 @@ class Maker:
                     taken = [[seconds, 1.01 * seconds, 0.99 * seconds]]
                     speed.append({"kind": kind, "implementation": name, "batch": batch,
                                   "before": before, "tokens": count, "dtype": "torch.bfloat16",
-                                  "seconds": taken})  # fmt: skip
+                                  "in_turn": True, "seconds": taken})  # fmt: skip
             speed.append({"kind": "prefill", "implementation": "attn_ladder_fa3", "batch": 8,
                           "before": 0, "error": "RuntimeError: no"})  # fmt: skip
             data |= {

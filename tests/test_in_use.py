@@ -73,6 +73,7 @@ def test_the_speed_table_has_a_row_for_each_measurement(evidence):
     ours, sdpa, fa3, ratio = rows["prefill, batch 8"]
     assert ours.startswith("819200 [") and sdpa.startswith("655360 [")
     assert (fa3, ratio) == ("–", "1.25")
+    assert "implementations in turn;" in in_use.serving_speed(evidence).note
 
 
 def test_the_prose_has_its_numbers(evidence):

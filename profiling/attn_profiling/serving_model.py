@@ -292,7 +292,7 @@ def check_speed(report: Report, runner: Runner, implementations: list[str]) -> N
                 "dtype": str(model.dtype),
             }  # fmt: skip
             if name in found:
-                row |= {"seconds": found[name], "tokens": tokens}
+                row |= {"seconds": found[name], "tokens": tokens, "in_turn": True}
                 row["tokens_per_s"] = batch * tokens / statistics.median(found[name])
             else:
                 row["error"] = {**errors, **more}[name]

@@ -310,3 +310,5 @@ def _speed(tidier: Tidier, path: Path, data: record.Record, dtype: str) -> None:
         tidier.row(
             MODEL, problem, dtype, subject, "-", "tokens_per_s", "token/s", None, **statistics
         )
+        in_turn = float(row.get("in_turn", False))
+        tidier.row(MODEL, problem, dtype, subject, "-", "taken_in_turn", "1", value=in_turn)
