@@ -328,7 +328,7 @@ class Evidence:
         said = f" {file} is from run {run['run']}, of {board} (commit {run['commit'][:12]})."
         if file in run["replaced"]:
             why = REPLACED.get(run["replaced_why"][file], "")
-            said += f" It takes the place of that of run {self.provenance['run']}{why}."
+            said += f" It takes the place of that of run {run['replaced'][file]}{why}."
         return said
 
     def measuring(self, file: str) -> Mapping[str, float]:

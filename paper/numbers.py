@@ -430,7 +430,8 @@ def _in_use(evidence: Evidence) -> dict[str, str]:
         ratio = evidence.speedup(suite, name, ours, REFERENCE_PEER)
         put(with_interval(ratio, 3), "decode over", REFERENCE_PEER, word)
         clean = evidence.speedup(suite, name, ours, REFERENCE_PEER, tidy_serving.CLEAN)
-        put(with_interval(clean, 3), "decode clean", word)
+        if name != tidy_serving.SMALL:
+            put(with_interval(clean, 3), "decode clean", word)
     pages = evidence.speedup(suite, MINIMUM, ours, tidy_serving.CONTIGUOUS)
     put(with_interval(pages, 3), "decode pages least")
     for name in ("right", "wrong"):

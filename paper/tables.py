@@ -865,9 +865,10 @@ def criteria(evidence: Evidence) -> Table:
         rows,
         "Decided by the interval, widened by the A/A floor where it is a speed, and by the value"
         " where there is none; inconclusive where the interval holds the number set, or where a"
-        " problem is missing or its A/A pair was off (of 20 of 24 that is one of those that may be"
-        " off). Ceiling, at the model's least time: the"
-        " peer's measured time over it, TFLOPS, the tensor pipe's part of it; fp16 and bf16 have"
+        " problem is missing or its A/A pair was off (where some may be off, these count among"
+        " them; the interval is then what they may make of the value). Ceiling, at the model's"
+        " least time: the peer's measured time over it, TFLOPS, the tensor pipe's part of it; fp16"
+        " and bf16 have"
         f" one rate of products; – where the model says nothing. {LOADED_CLOCK}"
         f"{of_sustained(evidence)}",
         align="p{0.5\\linewidth}llllrl",

@@ -162,12 +162,35 @@ def test_what_was_interrupted_is_replaced(runs, recorded):
     assert {r["run"] for r in tables.speedups if r["regime"] == "sustained"} == {"later"}
     assert tables.provenance["closed"] == {}
     (found,) = tables.provenance["addenda"]
-    assert found["replaced"] == ["timing/smoke.sustained.json"]
+    assert found["replaced"] == {"timing/smoke.sustained.json": "synthetic"}
     assert found["replaced_why"] == {"timing/smoke.sustained.json": "interrupted"}
     synthetic.derive(recorded, recorded.parent / "results")
     evidence = load(recorded.parent / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
     said = evidence.added("timing/smoke.sustained.json")
     assert "takes the place of that of run synthetic, which was interrupted" in said
+
+
+@pytest.mark.parametrize("name", ["again", "more"])
+def test_what_an_addendum_lost_another_replaces_whatever_its_name(runs, recorded, name):
+    closed = {"commit": "c" * 40, "dirty": False, "at": "then", "provenance_of": "x"}
+    file = "timing/smoke.sustained.json"
+    edited(runs / "later" / file, lambda data: data["provenance"].update(closed=closed))
+    addenda.add(runs / "later", recorded)
+    fresh = Path(shutil.copytree(runs / "later", runs / name))
+    shutil.rmtree(fresh / "check" / "gate", ignore_errors=True)
+    for path in ("check/gate.json", "timing/gate.spaced.json"):
+        (fresh / path).unlink()
+    for path in fresh.rglob("*.json"):
+        edited(path, lambda data: data.update(run=name))
+    edited(fresh / file, lambda data: data["provenance"].pop("closed"))
+    only = {"check": ["smoke"], "time": {"spaced": [], "sustained": ["smoke"]}}
+    (fresh / "config.json").write_text(json.dumps({"suites": NOTHING | only}))
+    addenda.add(fresh, recorded)
+    assert recorded / "addenda" / name / file in addenda.files(recorded, "timing")
+    tables = tidy.tidy(recorded, "replay", synthetic.PROBLEMS)
+    assert {r["run"] for r in tables.speedups if r["regime"] == "sustained"} == {name}
+    (found,) = [run for run in tables.provenance["addenda"] if run["run"] == name]
+    assert found["replaced"] == {file: "later"} and found["replaced_why"] == {file: "interrupted"}
 
 
 def test_what_was_recorded_of_another_kernel_is_replaced(runs, recorded):

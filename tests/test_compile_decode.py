@@ -30,13 +30,14 @@ HOPPER = {
     "headdim 128": ("bf16", 128, 0, False, False, 32, 4),
     "headdim 64": ("bf16", 64, 0, False, False, 32, 4),
     "ranged": ("bf16", 128, 0, True, False, 32, 4),
+    "a large cache": ("bf16", 128, 0, False, False, 128, 4, None, 2**29),
     "16 rows": ("bf16", 128, 0, False, False, 32, 16),
     "a part of a batch": ("fp16", 128, 0, False, True, 512, 4),
     "pages of 16": ("bf16", 128, 16, False, False, 32, 4),
     "pages of 256": ("bf16", 128, 256, False, False, 32, 4),
     "pages of 16, headdim 64, 16 rows": ("bf16", 64, 16, False, False, 32, 16),
 }
-WITHOUT_SPILLS = ("headdim 128", "headdim 64", "ranged")
+WITHOUT_SPILLS = ("headdim 128", "headdim 64", "ranged", "a large cache")
 LIMIT = 2700  # instructions: where the cache is cold, 100 of them cost 0.15 us
 
 
@@ -89,7 +90,7 @@ def compile_case(sm: int, headdim: int, seqlen_q: int, append: bool, page: int, 
 
 def compile_hopper(
     dtype: str, headdim: int, page: int, ranged: bool, indexed: bool, batch: int, rows: int,
-    maxnreg: int | None = None,
+    maxnreg: int | None = None, kv_bytes: int = 0,
 ) -> dict:  # fmt: skip
     """As `decode_launch` compiles a call, unless another limit of registers is given."""
     from triton.backends.compiler import GPUTarget
@@ -97,7 +98,7 @@ def compile_hopper(
     from attn_ladder import decode_hopper, decode_launch
     from attn_ladder.offline import assemble, barrier_reuse, read_ptxas
 
-    config = decode_launch.choose_config(headdim, 0)
+    config = decode_launch.choose_config(headdim, kv_bytes)
     cfg = decode_launch.build(config, headdim, page, ranged, indexed, batch, rows)
     source = decode_hopper.source(cfg, dtype)
     compiled = decode_launch.compile_kernel(
@@ -113,6 +114,7 @@ def compile_hopper(
         "threads": 32 * compiled.metadata.num_warps,
         "moved": sorted({f"{way} {number}" for way, number in moved}),
         "loads": 2 * cfg.parts * cfg.boxes,  # boxes of K and V of a block
+        "policies": compiled.asm["ptx"].count("L2::cache_hint"),
         "reused": barrier_reuse(compiled.asm["ptx"]),
         "sass": sass,
     }
@@ -254,6 +256,11 @@ def planted(report: dict, line: str, after: str, **changes) -> list[str]:
 )
 def test_a_planted_instruction_is_seen(hopper, line, after, found):
     assert found in planted(hopper["headdim 128"], line, after)
+
+
+def test_only_small_caches_are_read_with_a_policy(hopper):
+    assert hopper["a large cache"]["policies"] == 0
+    assert hopper["headdim 128"]["policies"] > hopper["headdim 128"]["loads"]  # and those that warm
 
 
 def test_a_kernel_too_large_for_two_on_an_sm_is_seen(hopper):

@@ -521,12 +521,13 @@ def test_a_record_that_was_replaced_says_why(evidence, monkeypatch):
         ("interrupted", ", which was interrupted."),
         ("kernel changed", ", of a kernel that has changed since."),
         ("A/A off", ", whose A/A pairs were off."),
-        (None, "run synthetic."),
+        ("without fp32 logits", ", whose ties were not compared with fp32 logits."),
+        (None, "run first."),
     ):
-        run |= {"replaced": ["host/gate.json"], "replaced_why": {"host/gate.json": why}}
+        run |= {"replaced": {"host/gate.json": "first"}, "replaced_why": {"host/gate.json": why}}
         monkeypatch.setitem(evidence.provenance, "addenda", [run])
         assert evidence.added("host/gate.json").endswith(said)
-    run |= {"replaced": [], "replaced_why": {}}
+    run |= {"replaced": {}, "replaced_why": {}}
     assert evidence.added("host/gate.json").endswith("(commit cccccccccccc).")
 
 

@@ -34,8 +34,15 @@ def files(raw: Path, kind: str) -> list[Path]:
     place of those there that do not stand (see `fault`)."""
     found = {path.name: path for path in (raw / kind).glob("*.json")}
     for run in runs(raw) if kind in KINDS else ():
-        found |= {path.name: path for path in (run / kind).glob("*.json")}
+        for path in (run / kind).glob("*.json"):
+            held = found.get(path.name)
+            if held is None or held.parent.parent == raw or _fault_of(held):
+                found[path.name] = path
     return [found[name] for name in sorted(found)]
+
+
+def _fault_of(path: Path) -> str | None:
+    return fault(json.loads(path.read_text()), {})
 
 
 def added(raw: Path) -> dict[str, Path]:
@@ -50,13 +57,17 @@ def added_by(raw: Path, run: Path) -> list[str]:
 
 def replaced(
     raw: Path, names: Iterable[str], problems: Mapping[str, Problem]
-) -> dict[str, str | None]:
-    """{name: `fault` of the record in `raw`} of the names of records that `raw` has, too."""
-    return {
-        name: fault(read(raw / name, kind_of(name)), problems)
-        for name in names
-        if (raw / name).is_file()
-    }
+) -> dict[str, tuple[str, str | None]]:
+    """{name: (run, `fault`) of the record whose place an addendum's takes} of the names of records
+    that `raw` or another addendum has, too."""
+    found, chosen = {}, added(raw)
+    for name in names:
+        others = [run / name for run in (raw, *runs(raw)) if run / name != chosen.get(name)]
+        for path in others:
+            if path.is_file():
+                record = read(path, kind_of(name))
+                found[name] = (record["run"], fault(record, problems))
+    return found
 
 
 def add(

@@ -275,7 +275,7 @@ class Unit:
             }
             row = {**attempt, "samples": kept}
             if paged:
-                row |= {"clean": {}, "aa_ratios": {}, "clean_aa_ratios": {}}
+                row |= {"clean": {}, "aa_ratios": {}, "clean_aa_ratios": {}, "clean_ok": False}
             attempts.append(row)
         left_out = {names[n]: why for n, why in self.left_out.items() if n in names}
         peer = self.chosen is not None and not paged
@@ -322,7 +322,7 @@ def merge(attempt: int, results: list[dict[str, Any]], tolerance: float) -> dict
         "samples": samples,
         "clean": clean,
         "clean_aa_ratios": twins,
-        "clean_ok": all(abs(ratio - 1) <= tolerance for ratio in twins.values()),
+        "clean_ok": bool(twins) and all(abs(r - 1) <= tolerance for r in twins.values()),
     }
 
 

@@ -35,6 +35,7 @@ LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 64, 89, 128, 144, 200, 256, 377, 512, 
 TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
 FA3 = "attn_ladder_fa3"
 DTYPES = ("bfloat16", "float16")
+GRACE_S = 30.0  # in which a process ends what it has begun
 SHARES = 3  # processes side by side for the tokens of a number format: the host is the limit
 
 
@@ -156,27 +157,40 @@ class Runner:
 
 
 def tokens_side_by_side(report: Report, options: argparse.Namespace) -> None:
-    """`check_tokens` in processes of their own, for every number format."""
+    """`check_tokens` in processes of their own, for every number format; none outlives this one."""
     parts = [(dtype, k) for dtype in DTYPES for k in range(SHARES)]
     files = [options.out.with_name(f"{options.out.name}.{dtype}.{k}") for dtype, k in parts]
-    left = max(1.0, report.seconds - report.elapsed())
+    left = max(1.0, report.seconds - report.elapsed() - GRACE_S)  # then a worker leaves the rest
     command = [sys.executable, "-m", "attn_profiling.serving_model", "--device", options.device]
     command += ["--model", str(options.model), "--seconds", f"{left:g}"]
-    workers = []
-    for (dtype, k), path in zip(parts, files, strict=True):
-        path.unlink(missing_ok=True)
-        more = ["--dtype", dtype, "--tokens", f"{k}/{SHARES}", "--out", str(path)]
-        workers.append(subprocess.Popen([*command, *more]))
-    for worker, (dtype, k), path in zip(workers, parts, files, strict=True):
-        code = worker.wait()
-        found = json.loads(path.read_text()) if path.is_file() else {"token_agreement": []}
-        path.unlink(missing_ok=True)
-        report.data["token_agreement"] += found["token_agreement"]
-        for word in ("stopped", "error"):
-            if found.get(word):
-                report.data[word] = f"tokens in {dtype}: {found[word]}"
-        if code not in (0, 1):
-            report.data["error"] = f"tokens in {dtype}, part {k}: ended with exit status {code}"
+    workers: list[subprocess.Popen[bytes]] = []
+    errors = []
+    try:
+        for (dtype, k), path in zip(parts, files, strict=True):
+            path.unlink(missing_ok=True)
+            more = ["--dtype", dtype, "--tokens", f"{k}/{SHARES}", "--out", str(path)]
+            workers.append(subprocess.Popen([*command, *more]))
+        end = time.monotonic() + left + GRACE_S
+        for worker, (dtype, k), path in zip(workers, parts, files, strict=True):
+            try:
+                code: int | None = worker.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                code = None
+            found = json.loads(path.read_text()) if path.is_file() else {"token_agreement": []}
+            path.unlink(missing_ok=True)
+            report.data["token_agreement"] += found["token_agreement"]
+            said = [found[word] for word in ("error", "stopped") if found.get(word)]
+            if code is None:
+                said.append(f"did not end within {left + GRACE_S:.0f} s")
+            elif code not in (0, 1) or not found["token_agreement"]:
+                said.append(f"ended with exit status {code}")
+            errors += [f"tokens in {dtype}, part {k}: {text}" for text in said]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    if errors:
+        report.data["error"] = "; ".join(errors)
     report.write()
 
 
@@ -249,13 +263,14 @@ CAPTURED_STEPS = 3  # what `captured` itself stores in the cache
 
 
 def captured(model: Any, ids: Any, steps: int) -> Callable[[], Any]:
-    """One decode step with a static cache as a CUDA graph; returns its replay, of which `steps` can
-    be made: each stores a token more, and the cache would be overrun."""
+    """One decode step with a static cache as a CUDA graph; returns what replays it `steps` times,
+    each of which stores a token more, from the end of `ids` on."""
     import torch
     from transformers import StaticCache
 
     before = ids.shape[1]
-    cache = StaticCache(config=model.config, max_cache_len=before + CAPTURED_STEPS + steps)
+    room = before + max(CAPTURED_STEPS, steps)
+    cache = StaticCache(config=model.config, max_cache_len=room)
     model(ids, past_key_values=cache, logits_to_keep=1)
     token, position = ids[:, -1:].contiguous(), torch.full_like(ids[:, :1], before)
 
@@ -271,7 +286,20 @@ def captured(model: Any, ids: Any, steps: int) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = step()
-    return lambda: (graph.replay(), kept)
+
+    def replays() -> Any:
+        rewind(cache, before)
+        for _ in range(steps):
+            graph.replay()
+        return kept
+
+    return replays
+
+
+def rewind(cache: Any, tokens: int) -> None:
+    """Have a static cache hold its first tokens only; their number is on the device."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(tokens)
 
 
 def check_speed(report: Report, runner: Runner, implementations: list[str]) -> None:
@@ -335,16 +363,9 @@ def check_speed(report: Report, runner: Runner, implementations: list[str]) -> N
             try:
                 model.set_attn_implementation(name)
                 with torch.no_grad():
-                    replay = captured(model, ids, (4 * run.repeats + 1) * count)
+                    replays[name] = captured(model, ids, count)
             except Exception as error:
                 errors[name] = _error(error)
-                continue
-
-            def replayed(replay: Callable[[], Any] = replay, count: int = count) -> None:
-                for _ in range(count):
-                    replay()
-
-            replays[name] = replayed
         measure("decode, graph", batch, before, count, 4 * run.repeats, replays, errors)
 
 

@@ -924,8 +924,8 @@ class Tidier:
             "started": data["provenance"]["started"],
             "measuring": data["content"]["measuring"],
             "files": files,
-            "replaced": list(replaced),
-            "replaced_why": replaced,
+            "replaced": {name: run for name, (run, _) in replaced.items()},
+            "replaced_why": {name: why for name, (_, why) in replaced.items()},
         }
 
     def tables_of_run(self) -> Tables:

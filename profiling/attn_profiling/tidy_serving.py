@@ -53,6 +53,7 @@ def decodes(tidier: Tidier) -> None:
         _checks(tidier, data)
         taken: dict[Problem, Mapping[str, Any]] = {}
         ratios: dict[str, Ratios] = {REGIME: {}, CLEAN: {}}
+        tried: dict[str, list[Problem]] = {}
         for entry, problem in tidier.entries(path, data):
             attempts = entry["attempts"]
             attempt = next((a for a in attempts if a["ok"]), attempts[-1])
@@ -66,8 +67,10 @@ def decodes(tidier: Tidier) -> None:
             _timed(tidier, data["suite"], problem, samples, attempt["copy_bytes_per_s"])
             _judged(tidier, data["suite"], problem, entry, samples, conclusive)
             clean = {n: s for n, s in attempt.get("clean", {}).items() if n in samples}
-            agrees = conclusive and attempt.get("clean_ok", False)
+            agrees = conclusive and bool(attempt.get("clean_ok"))
             _clean(tidier, data["suite"], problem, clean, agrees)
+            for peer in _ratios(problem, samples, taken):
+                tried.setdefault(peer, []).append(problem)
             for regime, found, counts in (
                 (REGIME, samples, conclusive), (CLEAN, clean, agrees),
             ):  # fmt: skip
@@ -79,7 +82,7 @@ def decodes(tidier: Tidier) -> None:
                     if counts:
                         ratios[regime].setdefault(peer, []).append((problem, ratio))
         for regime, of in ratios.items():
-            _reduced(tidier, data["suite"], regime, of)
+            _reduced(tidier, data["suite"], regime, of, tried)
 
 
 def _checks(tidier: Tidier, data: record.Record) -> None:
@@ -190,21 +193,27 @@ def _ratios(
     return {}
 
 
-def _reduced(tidier: Tidier, suite: str, regime: str, ratios: Ratios) -> None:
+def _reduced(
+    tidier: Tidier, suite: str, regime: str, ratios: Ratios, tried: Mapping[str, list[Problem]]
+) -> None:
+    """Ratios over the shapes, none that would leave out more than a tenth of those measured."""
     from attn_profiling.tidy import MEDIAN, MINIMUM
+    from attn_profiling.verdict import LEFT_OUT
+
+    def small(problem: Problem) -> bool:
+        return kv_bytes(problem) < SMALL_BYTES
 
     for peer, of in ratios.items():
         dtype = "/".join(sorted({problem.dtype for problem, _ in of}))
-        every = [ratio for _, ratio in of]
-        small = [ratio for problem, ratio in of if kv_bytes(problem) < SMALL_BYTES]
-        large = [ratio for problem, ratio in of if kv_bytes(problem) >= SMALL_BYTES]
-        for name, chosen, reduce in (
-            (MEDIAN, every, np.median),
-            (MINIMUM, every, np.min),
+        for name, wanted, reduce in (
+            (MEDIAN, lambda p: True, np.median),
+            (MINIMUM, lambda p: True, np.min),
             (SMALL, small, np.median),
-            (LARGE, large, np.median),
+            (LARGE, lambda p: not small(p), np.median),
         ):
-            if chosen:
+            chosen = [ratio for problem, ratio in of if wanted(problem)]
+            every = sum(map(wanted, tried[peer]))
+            if chosen and every - len(chosen) <= LEFT_OUT * every:
                 found = stats.over_problems(chosen, reduce).interval()
                 tidier.speedup(suite, name, dtype, regime, OURS, peer, found)
 

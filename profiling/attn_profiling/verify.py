@@ -235,15 +235,27 @@ def compare_tokens(fresh: Record, recorded: Record) -> list[Claim]:
         files = [record["model"]["file"] for record in (recorded, fresh)]
         note = "another model"
         return [Claim(name, files[0], files[1], None, None, None, "AMBIGUOUS", note)]
-    told, wrong = [], []
+    formats = [{r.get("dtype") for r in record["token_agreement"]} for record in (recorded, fresh)]
+    told, wrong, rules, counts = [], [], [], []
     for record in (recorded, fresh):
-        rows = [r for r in record["token_agreement"] if r.get("implementation") != "sdpa"]
+        rows = [
+            row
+            for row in record["token_agreement"]
+            if row.get("implementation", "attn_ladder") == "attn_ladder"
+            and row.get("dtype") in formats[0] & formats[1]
+        ]
         good = sum(row.get("same", False) or row.get("tie", False) for row in rows)
         told.append(f"{good} of {len(rows)}")
         wrong.append(len(rows) - good)
-    short = len(fresh["token_agreement"]) < len(recorded["token_agreement"])
-    verdict = "FAIL" if wrong[1] > wrong[0] else "AMBIGUOUS" if short else "PASS"
-    return [Claim(name, told[0], told[1], None, None, None, verdict)]
+        counts.append(len(rows))
+        rules.append({"reference_error" in row for row in rows if not row.get("same", True)})
+    why: str | None = None
+    if counts[1] < counts[0] or {"error", "stopped"} & set(fresh["errors"]):
+        why = "the fresh run was cut short"
+    elif rules[0] and rules[1] and rules[0] != rules[1]:
+        why = "ties were judged by another rule"
+    verdict = "FAIL" if wrong[1] > wrong[0] else "AMBIGUOUS" if why else "PASS"
+    return [Claim(name, told[0], told[1], None, None, None, verdict, why)]
 
 
 def _serving(fresh: Path, recorded: Iterable[Path], tolerance: float) -> list[Claim]:
