@@ -30,7 +30,7 @@ HOPPER = {
     "headdim 128": ("bf16", 128, 0, False, False, 32, 4),
     "headdim 64": ("bf16", 64, 0, False, False, 32, 4),
     "ranged": ("bf16", 128, 0, True, False, 32, 4),
-    "a large cache": ("bf16", 128, 0, False, False, 128, 4, None, 2**29),
+    "a large cache": ("bf16", 128, 0, False, False, 32, 4, None, 2**29),
     "16 rows": ("bf16", 128, 0, False, False, 32, 16),
     "a part of a batch": ("fp16", 128, 0, False, True, 512, 4),
     "pages of 16": ("bf16", 128, 16, False, False, 32, 4),
@@ -114,7 +114,7 @@ def compile_hopper(
         "threads": 32 * compiled.metadata.num_warps,
         "moved": sorted({f"{way} {number}" for way, number in moved}),
         "loads": 2 * cfg.parts * cfg.boxes,  # boxes of K and V of a block
-        "policies": compiled.asm["ptx"].count("L2::cache_hint"),
+        "evict_first": cfg.evict_first,
         "reused": barrier_reuse(compiled.asm["ptx"]),
         "sass": sass,
     }
@@ -191,8 +191,9 @@ def faults(report: dict) -> list[str]:
     if 2 * (report["shared"] + 1024) > SHARED_OF_AN_SM:
         found.append(f"{report['shared']} bytes of shared memory")
     loaded = [text for name, text in instructions(report["sass"]) if name.startswith("UTMALDG")]
-    if any(not re.search(r"\], desc\[UR\d+\]$", text) for text in loaded):
-        found.append("a load without an eviction policy")
+    with_policy = {bool(re.search(r"\], desc\[UR\d+\]$", text)) for text in loaded}
+    if with_policy - {report["evict_first"]}:
+        found.append(f"a load {'without an' if report['evict_first'] else 'with an'} L2 policy")
     found += [f"{line} in an mbarrier" for line in report["reused"]]
     if not {"dec 216", "inc 40"} <= set(report["moved"]):  # consumer and producer
         found.append(f"registers moved: {', '.join(report['moved'])}")
@@ -251,16 +252,18 @@ def planted(report: dict, line: str, after: str, **changes) -> list[str]:
         ("LDG.E.128 R4, desc[UR4][R2.64]", r"\bHMMA", "LDG beside HMMA"),
         ("LDGSTS.E.128 [R1], desc[UR4][R2.64]", r"\bHMMA", "LDGSTS beside HMMA"),
         ("UTMALDG.4D [UR8], [UR4], desc[UR6]", r"\bUTMALDG", "[0, 0, 8] loads by TMA"),
-        ("UTMALDG.4D [UR8], [UR4]", r"\bHMMA", "a load without an eviction policy"),
+        ("UTMALDG.4D [UR8], [UR4]", r"\bHMMA", "a load without an L2 policy"),
     ],
 )
 def test_a_planted_instruction_is_seen(hopper, line, after, found):
     assert found in planted(hopper["headdim 128"], line, after)
 
 
-def test_only_small_caches_are_read_with_a_policy(hopper):
-    assert hopper["a large cache"]["policies"] == 0
-    assert hopper["headdim 128"]["policies"] > hopper["headdim 128"]["loads"]  # and those that warm
+def test_a_policy_that_is_missing_or_too_much_is_seen(hopper):
+    small, large = hopper["headdim 128"], hopper["a large cache"]
+    assert small["evict_first"] and not large["evict_first"]
+    assert faults({**small, "evict_first": False}) == ["a load with an L2 policy"]
+    assert faults({**large, "evict_first": True}) == ["a load without an L2 policy"]
 
 
 def test_a_kernel_too_large_for_two_on_an_sm_is_seen(hopper):
