@@ -114,7 +114,7 @@ def compile_hopper(
         "threads": 32 * compiled.metadata.num_warps,
         "moved": sorted({f"{way} {number}" for way, number in moved}),
         "loads": 2 * cfg.parts * cfg.boxes,  # boxes of K and V of a block
-        "evict_first": cfg.evict_first,
+        "evict_first": bool(cfg.policy),
         "reused": barrier_reuse(compiled.asm["ptx"]),
         "sass": sass,
     }

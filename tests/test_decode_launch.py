@@ -204,8 +204,8 @@ def test_a_build_has_room_for_the_batch_and_the_rows():
     sizes = {n: built(batch=n).batch for n in (1, 32, 33, 128, 129, 512)}
     assert sizes == {1: 32, 32: 32, 33: 128, 128: 128, 129: 512, 512: 512}
     assert {n: built(rows=n).rows for n in (1, 4, 5, 16)} == {1: 4, 4: 4, 5: 16, 16: 16}
-    assert built() == Build(128, 0, False, False, 32, 4, 64, 2, True)
-    assert not built(config=Config(evict_first=False)).evict_first
+    assert built() == Build(128, 0, False, False, 32, 4, 64, 2, decode_launch.POLICY)
+    assert built(config=Config(evict_first=False)).policy == ""
 
 
 def test_each_tma_load_gets_the_policy_and_nothing_else_does():
@@ -216,7 +216,7 @@ def test_each_tma_load_gets_the_policy_and_nothing_else_does():
     other = (
         "ld.shared.b32 %r1, [%r2];\ncp.async.bulk.prefetch.tensor.4d.L2.global.tile [%rd2, {%r3}];"
     )
-    lines = decode_launch.evict_first(f"{other}\n{load}\n{load}").splitlines()
+    lines = decode_launch.with_policy(f"{other}\n{load}\n{load}").splitlines()
     assert "\n".join(lines[:2]) == other and len(lines) == 4
     for line in lines[2:]:
         assert line.startswith("{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64")
@@ -224,7 +224,7 @@ def test_each_tma_load_gets_the_policy_and_nothing_else_does():
             "bytes.L2::cache_hint [%r1], [%rd2, {%r3, %r4, %r5, %r6}], [%r7], policy; }"
         )
     with pytest.raises(ValueError, match="no TMA load in the PTX"):
-        decode_launch.evict_first(other)
+        decode_launch.with_policy(other)
 
 
 LOAD = "cp.async.bulk.tensor.4d.shared::cluster.global [%r1], [%rd2, {%r3}], [%r7];"
@@ -238,37 +238,60 @@ def stages_of_a_compilation(*_, **__):
     return stages
 
 
+@pytest.fixture
+def hook(monkeypatch):
+    """A hook that was there before: the names of the stages that it has seen."""
+    seen = []
+    monkeypatch.setattr(
+        triton.knobs.runtime,
+        "add_stages_inspection_hook",
+        lambda backend, stages, *more: seen.append(sorted(stages)),
+    )
+    return seen
+
+
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_kernel_is_compiled_with_the_policy_that_it_asks_for(monkeypatch, wanted):
+def test_a_kernel_is_compiled_with_the_policy_that_it_asks_for(monkeypatch, hook, wanted):
     monkeypatch.setattr(triton, "compile", stages_of_a_compilation)
     source = decode_hopper.source(built(config=Config(evict_first=wanted)), "bf16")
     stages = decode_launch.compile_kernel(source, None)
-    assert triton.knobs.runtime.add_stages_inspection_hook is None
     assert ("evict_first" in stages["ptx"](LOAD, {})) is wanted
+    assert stages_of_a_compilation()["ptx"](LOAD, {}) == LOAD
 
 
-def test_no_other_thread_and_no_other_hook_is_touched(monkeypatch):
-    """While one thread compiles with an edit, another without; a hook that was there is kept."""
-    seen = []
-    hook = lambda backend, stages, *more: seen.append(sorted(stages))  # noqa: E731
-    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", hook)
-    with ThreadPoolExecutor(4) as pool, decode_launch.edited(str.upper):
-        other = pool.submit(stages_of_a_compilation).result()
-        waiting = pool.submit(lambda: decode_launch.edited(str.title).__enter__())
+def test_the_policy_is_in_the_key_of_the_compiled_kernel():
+    """Triton's cache does not know what is done to the PTX, but all that is compiled for."""
+    sources = [
+        decode_hopper.source(replace(built(), policy=policy), "bf16")["constexprs"]["cfg"]
+        for policy in (decode_launch.POLICY, decode_launch.POLICY.replace("1.0", "0.5"), "")
+    ]
+    assert len(set(map(repr, sources))) == 3
+
+
+def test_no_other_thread_and_no_other_hook_is_touched(hook):
+    """While one thread compiles with an edit, another with another one, and one without."""
+
+    def other():
+        with decode_launch.edited(str.title):
+            return stages_of_a_compilation()
+
+    with ThreadPoolExecutor(1) as pool, decode_launch.edited(str.upper):
+        without = pool.submit(stages_of_a_compilation).result()
+        titled = pool.submit(other).result()
         mine = stages_of_a_compilation()
         again = stages_of_a_compilation()
-        waiting.result(timeout=10)  # goes on once this thread's compilation has begun
-    made = [stages["ptx"]("text", {}) for stages in (mine, other, again)]
-    assert made == ["TEXT", "text", "text"] and seen == [["ptx"]] * 3
+    made = [stages["ptx"]("text", {}) for stages in (mine, titled, without, again)]
+    assert made == ["TEXT", "Text", "text", "text"] and hook == [["ptx"]] * 4
 
 
-def test_a_hook_is_given_back_where_nothing_is_compiled():
+def test_an_edit_ends_where_nothing_is_compiled(hook):
     with pytest.raises(RuntimeError, match="in the cache"), decode_launch.edited(str.upper):
         raise RuntimeError("in the cache")
-    assert triton.knobs.runtime.add_stages_inspection_hook is None
-    with decode_launch.edited(str.upper):
-        pass
     assert stages_of_a_compilation()["ptx"]("text", {}) == "text"
+    installed = triton.knobs.runtime.add_stages_inspection_hook
+    with decode_launch.edited(str.upper):
+        assert triton.knobs.runtime.add_stages_inspection_hook is installed
+    assert stages_of_a_compilation()["ptx"]("text", {}) == "text" and len(hook) == 2
 
 
 def test_keys_are_given_up_first_where_it_was_faster():
@@ -512,7 +535,7 @@ def test_a_plan_has_the_sizes_of_its_call(planned):
     kernel, maps, call, grid, rows = planned(
         batch=3, seqlen_q=2, nheads=12, nheads_k=3, size=5000, rows=7, seqlen_new=2, causal=False
     )
-    assert kernel.cfg == Build(128, 0, False, False, 32, 16, 64, 2, True)
+    assert kernel.cfg == Build(128, 0, False, False, 32, 16, 64, 2, decode_launch.POLICY)
     assert call == decode_hopper.Call(
         batch=3, seqlen_q=2, group=4, nheads_k=3, inverse_group=16384, inverse_heads=21846,
         seqlen_new=2, capacity=5000, num_rows=7, num_splits=10, log2_splits=6, log2_min_split=9,

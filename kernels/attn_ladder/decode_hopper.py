@@ -92,7 +92,7 @@ class Build:
     rows: int  # packed query rows, at most
     BLOCK_N: int
     num_buffers: int
-    evict_first: bool = False  # done by `decode_launch.compile_kernel`
+    policy: str = ""  # of L2, in PTX; what `decode_launch` does with it, and a part of its key
 
     @property
     def box(self) -> int:

@@ -33,18 +33,20 @@ from attn_ladder.decode_hopper import (
 
 MAX_HEADS_K = 128
 EVICT_FIRST_BYTES = 384 * 2**20
-"""Of K and V, up to which L2 gives up keys first; above, the bytes of others wait in it and go
-back to memory while keys are read, which then costs more than it saves."""
+"""Room for K and V up to which L2 gives up keys first; above, the bytes of others wait in it and go
+back to memory while keys are read, which then costs more than it saves. Full caches were measured.
+"""
+POLICY = "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
 TMA_LOAD = re.compile(r"((?:@%p\d+ )?cp\.async\.bulk\.tensor\.\dd\.shared::\S+) (\[.*\]);")
 
 
-def evict_first(ptx: str) -> str:
-    """The same code, but each TMA load tells L2 to evict what it brings before anything else.
+def with_policy(ptx: str, policy: str = POLICY) -> str:
+    """The same code, but each TMA load tells L2 what to do with what it brings: by `POLICY`, to
+    evict it before anything else.
 
     Each key is read once a call. Without this it drives out what was there before, and where that
     is modified it has to be written first. Gluon has no word for it.
     """
-    policy = "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
     found, loads = TMA_LOAD.subn(
         rf"{{ .reg .b64 policy; {policy} \1.L2::cache_hint \2, policy; }}", ptx
     )
@@ -53,39 +55,39 @@ def evict_first(ptx: str) -> str:
     return found
 
 
-_HOOK = threading.Lock()
+_INSTALL = threading.Lock()
+_THREAD = threading.local()
 
 
 @contextmanager
 def edited(edit: Callable[[str], str]) -> Iterator[None]:
     """The PTX of what this thread compiles in the body, once, goes through `edit`.
 
-    Triton's hook for it belongs to all threads, so it is held until this thread's compilation has
-    asked for it, and is nothing to the others.
+    Triton's hook for it belongs to all threads. It is installed for good, behind one that was
+    there, and does nothing unless the thread that compiles has asked for it.
     """
-    _HOOK.acquire()
-    owner, before, held = threading.get_ident(), knobs.runtime.add_stages_inspection_hook, True
-
-    def release() -> None:
-        nonlocal held
-        if held:
-            held = False
-            knobs.runtime.add_stages_inspection_hook = before
-            _HOOK.release()
-
-    def hook(backend: Any, stages: dict[str, Any], *more: Any) -> None:
-        if before is not None:
-            before(backend, stages, *more)
-        if threading.get_ident() == owner:
-            release()
-            make = stages["ptx"]
-            stages["ptx"] = lambda source, metadata: edit(make(source, metadata))
-
-    knobs.runtime.add_stages_inspection_hook = hook
+    with _INSTALL:
+        before = knobs.runtime.add_stages_inspection_hook
+        if not getattr(before, "edits_ptx", False):
+            knobs.runtime.add_stages_inspection_hook = _hook_behind(before)
+    _THREAD.edit = edit
     try:
         yield
     finally:
-        release()
+        _THREAD.edit = None
+
+
+def _hook_behind(before: Callable[..., Any] | None) -> Any:
+    def hook(backend: Any, stages: dict[str, Any], *more: Any) -> None:
+        if before is not None:
+            before(backend, stages, *more)
+        edit = getattr(_THREAD, "edit", None)
+        if edit is not None:
+            _THREAD.edit, make = None, stages["ptx"]
+            stages["ptx"] = lambda source, metadata: edit(make(source, metadata))
+
+    hook.edits_ptx = True  # type: ignore[attr-defined]
+    return hook
 
 
 def compile_kernel(source: Mapping[str, Any], target: Any, maxnreg: int = REGISTERS) -> Any:
@@ -94,7 +96,9 @@ def compile_kernel(source: Mapping[str, Any], target: Any, maxnreg: int = REGIST
     names = kernel.arg_names
     types = {**source["signature"], **dict.fromkeys(constexprs, "constexpr")}
     values = {(names.index(name),): value for name, value in constexprs.items()}
-    with edited(evict_first) if constexprs["cfg"].evict_first else nullcontext():
+    policy = constexprs["cfg"].policy
+    edit = edited(lambda ptx: with_policy(ptx, policy)) if policy else nullcontext()
+    with edit:
         return triton.compile(
             GluonASTSource(kernel, {name: types[name] for name in names}, values, {}),
             target=target,
@@ -148,7 +152,7 @@ def build(
     size = next(size for size in BATCHES if batch <= size)
     return Build(
         headdim, page_size, ranged, indexed, size, 4 if rows <= 4 else ROWS.value, config.BLOCK_N,
-        config.num_buffers, config.evict_first,
+        config.num_buffers, POLICY if config.evict_first else "",
     )  # fmt: skip
 
 
