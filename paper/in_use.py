@@ -75,6 +75,8 @@ def decode(evidence: Evidence) -> Table:
         cells = [interval(value, 3) for value in found]
         cells.insert(1, number(evidence.speedup(SUITE, name, OURS, REFERENCE_PEER, CLEAN), 3))
         rows.append(["", word, "", "", "", "", "", *cells[:2], "", cells[2]])
+    there = evidence.all_of(SUITE, "chosen_there", CLEAN)
+    choice = "the best choice there" if there else "the same choice"
     off = (
         " † the A/A pair was off: inconclusive, left out of the reductions; one that would leave"
         " out more than a tenth is not made."
@@ -88,10 +90,9 @@ def decode(evidence: Evidence) -> Table:
         "One query token for each sequence, bf16, GPU time behind a full queue, L2 cold. MB: K and"
         " V, read once. FA3: the best of its numbers of splits and its own choice, by shape. Clean:"
         " over FA3 behind a flush that reads, after which no modified line in L2 has to go back to"
-        " memory while the call runs, with the same choice for FA3; all else is behind one that"
-        " writes. Of"
-        " copy: bytes of K and V over time, against a large copy. Pages: time contiguous over time"
-        f" in pages. {_checks(evidence)}{off}{evidence.added(f'serving/{SUITE}.json')}",
+        f" memory while the call runs, with {choice} for FA3; all else is behind one that writes."
+        " Of copy: bytes of K and V over time, against a large copy. Pages: time contiguous over"
+        f" time in pages. {_checks(evidence)}{off}{evidence.added(f'serving/{SUITE}.json')}",
         frozenset({len(rows) - 3}),
         "rlrrrrrrrrr",
         labels=5,

@@ -397,6 +397,7 @@ class Maker:
                     "problem": record.problem_fields(problem),
                     "status": "inconclusive" if off else "ok",
                     "chosen": {} if problem.page_size else {"fa3": {"num_splits": 4}},
+                    "clean_chosen": {} if problem.page_size else {"fa3": {"num_splits": 2}},
                     "tried": {} if problem.page_size else {"fa3": tried},
                     "left_out": {},
                     "attempts": [attempt],

@@ -90,7 +90,8 @@ def test_the_worker_times_what_is_right_alone_and_in_pages():
     assert set(found["clean"]) == {"decode", "decode#2", "fa3", "fa3#2"}
     assert found["samples"]["decode"]["gpu_us"] == [6.0] * 3 and found["left_out"] == {}
     assert found["samples"]["fa3"]["kernels"] == {"a": 2, "b": 1}
-    assert found["chosen"] == {}  # the shortest name of those that run is `auto`
+    # the shortest name of those that run is `auto`
+    assert found["chosen"] == {"samples": {}, "clean": {}}
     failed = {str(row["config"]): row["message"] for row in found["tried"] if row["message"]}
     assert "not in this build" in failed["{'metadata': True}"]
     assert "unexpected" in failed["{'pack_gqa': True}"]
@@ -119,7 +120,9 @@ def on_cpu(monkeypatch):
 
 
 def measured(pool, module):
-    return serving.measure(timers(), pool, module, {**ENTRY, "chosen": {}}, 3, 0)
+    return serving.measure(
+        timers(), pool, module, {**ENTRY, "chosen": {"samples": {}, "clean": {}}}, 3, 0
+    )
 
 
 def test_what_is_wrong_is_left_out_and_not_timed(on_cpu, monkeypatch):
@@ -158,6 +161,9 @@ def samples(us, rounds=4):
     }  # fmt: skip
 
 
+CHOSEN = {"samples": {"num_splits": 4}, "clean": {"num_splits": 2}}
+
+
 def result(**changes):
     taken = {n: samples(10.0) for n in ("decode", "decode#2")}
     taken |= {n: samples(12.0) for n in ("fa3", "fa3#2")} | {"p256": samples(10.1)}
@@ -165,7 +171,7 @@ def result(**changes):
     found = {
         "samples": taken,
         "clean": clean,
-        "chosen": {"num_splits": 4},
+        "chosen": CHOSEN,
         "tried": [],
         "left_out": {},
     }
@@ -235,6 +241,7 @@ def test_the_record_has_every_problem_with_its_samples(step):
     assert set(taken) == {"decode", "decode#2", "fa3", "fa3#2"}
     assert taken["fa3"]["gpu_us"] == [[12.0] * 4] * 2
     assert alone["chosen"] == {"fa3": {"num_splits": 4}} and paged["chosen"] == {}
+    assert alone["clean_chosen"] == {"fa3": {"num_splits": 2}} and paged["clean_chosen"] == {}
     assert paged["attempts"][0]["samples"]["decode"]["gpu_us"] == [[10.1] * 4] * 2
     attempt = alone["attempts"][0]
     assert attempt["clean"]["fa3"]["gpu_us"] == [[10.0] * 4] * 2
@@ -243,7 +250,7 @@ def test_the_record_has_every_problem_with_its_samples(step):
     assert [row["name"] for row in data["checks"]] == ["kvcache"]
     assert set(data["subjects"]) == {"decode", "fa3"}
     # the second process is told what the first one chose
-    assert seen[0][1:] == ([256], None) and seen[-1][1:] == ([256], {"num_splits": 4})
+    assert seen[0][1:] == ([256], None) and seen[-1][1:] == ([256], CHOSEN)
     assert not list((step.folder / "serving" / ".partial" / "smoke_decode").glob("*.json"))
 
 
@@ -426,7 +433,7 @@ def test_the_tables_find_the_truth_of_decoding():
     assert not [r for r in speedups if r["problem"].endswith("-p256") and r["peer"] == "fa3"]
     metrics = [r for r in shared_rows("metrics.csv") if r["suite"] == "decode"]
     clean = [r for r in metrics if r["regime"] == CLEAN]
-    assert {r["metric"] for r in clean} == {"gpu_us", "aa_ratio", "conclusive"}
+    assert {r["metric"] for r in clean} == {"gpu_us", "aa_ratio", "conclusive", "chosen_there"}
     metrics = [r for r in metrics if r["regime"] != CLEAN]
     size = 4 * 64 * 8192 * 8 * 128
     place = {"problem": "decode-b64-h32-k8-d128-8k", "subject": "decode", "statistic": "median"}

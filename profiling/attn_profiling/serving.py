@@ -82,8 +82,8 @@ def measure(
     """Samples of one shape: ours and the peer, each twice, and ours with pages; the former also
     with a clean L2. `timers`: one for each of `SAMPLES`.
 
-    The peer's configuration is chosen where the entry names none. What gives a wrong result, or
-    none, is left out with the reason.
+    The peer's configuration is chosen behind each flush where the entry names none. What gives a
+    wrong result, or none, is left out with the reason.
     """
     import torch
 
@@ -106,17 +106,18 @@ def measure(
             left_out[name] = said
         return said is None
 
-    calls: dict[str, Callable[[int], Any]] = {}
+    calls: dict[str, dict[str, Callable[[int], Any]]] = {kind: {} for kind in SAMPLES}
     ours = sc.ours(pool, shape)
     if good(OURS, ours):
-        calls |= {OURS: ours, f"{OURS}#2": ours}
+        for kind in SAMPLES:
+            calls[kind] |= {OURS: ours, f"{OURS}#2": ours}
     for page in entry["pages"]:
         paged = sc.ours(pool, shape, page)
         table = sc.page_table(shape, page).to(k.device)
         size = (-1, page, shape.nheads_k, shape.headdim)
         stored = [x.reshape(size)[table.long()].reshape(x.shape) for x in (k, v)]
         if good(f"p{page}", paged, *stored):
-            calls[f"p{page}"] = paged
+            calls["samples"][f"p{page}"] = paged
         del stored
     tried: list[dict[str, Any]] = []
     chosen = entry["chosen"]
@@ -124,13 +125,17 @@ def measure(
         left_out[PEER] = sc._error(module)
     else:
         if chosen is None:
-            chosen, tried = choose(timers["samples"], pool, module, shape)
+            found = {kind: choose(timers[kind], pool, module, shape) for kind in SAMPLES}
+            tried = found["samples"][1]
+            if all(config is not None for config, _ in found.values()):
+                chosen = {kind: config for kind, (config, _) in found.items()}
         if chosen is None:
             left_out[PEER] = "none of its configurations runs"
         else:
-            peer = sc.fa3(module, pool, shape, chosen)
-            if good(PEER, peer):
-                calls |= {PEER: peer, f"{PEER}#2": peer}
+            for kind in SAMPLES:
+                peer = sc.fa3(module, pool, shape, chosen[kind])
+                if good(PEER, peer):
+                    calls[kind] |= {PEER: peer, f"{PEER}#2": peer}
     torch.cuda.empty_cache()
     taken = {
         kind: {
@@ -140,12 +145,9 @@ def measure(
                 "dry": found["dry"],
                 "kernels": count(kernel for kernel, _ in found["kernels"]),
             }
-            for name, found in timers[kind].measure(chosen_calls, rounds, seed).items()
+            for name, found in timers[kind].measure(calls[kind], rounds, seed).items()
         }
-        for kind, chosen_calls in (
-            ("samples", calls),
-            ("clean", {name: call for name, call in calls.items() if not name.startswith("p")}),
-        )
+        for kind in SAMPLES
     }
     return {**taken, "chosen": chosen, "tried": tried, "left_out": left_out}
 
@@ -232,7 +234,7 @@ class Unit:
 
     problem: Problem
     paged: list[Problem]
-    chosen: dict[str, Any] | None = None
+    chosen: dict[str, dict[str, Any]] | None = None  # of the peer, for each of `SAMPLES`
     tried: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     attempts: list[dict[str, Any]] = field(default_factory=list)
@@ -278,11 +280,12 @@ class Unit:
                 row |= {"clean": {}, "aa_ratios": {}, "clean_aa_ratios": {}, "clean_ok": False}
             attempts.append(row)
         left_out = {names[n]: why for n, why in self.left_out.items() if n in names}
-        peer = self.chosen is not None and not paged
+        chosen = None if paged else self.chosen
         return {
             "problem": problem_fields(problem),
             "status": "ok" if self.attempts[-1]["ok"] else "inconclusive",
-            "chosen": {PEER: self.chosen} if peer else {},
+            "chosen": {PEER: chosen["samples"]} if chosen else {},
+            "clean_chosen": {PEER: chosen["clean"]} if chosen else {},
             "tried": {PEER: self.tried} if self.tried and not paged else {},
             "left_out": left_out,
             "attempts": attempts,

@@ -69,6 +69,9 @@ def decodes(tidier: Tidier) -> None:
             clean = {n: s for n, s in attempt.get("clean", {}).items() if n in samples}
             agrees = conclusive and bool(attempt.get("clean_ok"))
             _clean(tidier, data["suite"], problem, clean, agrees)
+            if PEER in clean and entry.get("clean_chosen"):
+                place = (data["suite"], problem, PEER, CLEAN)
+                tidier.metric(*place, "chosen_there", "1", value=1.0)
             for peer in _ratios(problem, samples, taken):
                 tried.setdefault(peer, []).append(problem)
             for regime, found, counts in (
