@@ -155,6 +155,16 @@ def test_wrong_input_is_named_with_its_value(interpreted, case, function):
     assert not interpreted
 
 
+def test_bf16_is_refused_where_the_interpreter_would_compute_it_wrongly(interpreted, monkeypatch):
+    q, k = ones(1, 1, 4, 64).bfloat16(), ones(1, 32, 2, 64).bfloat16()
+    with pytest.raises(NotImplementedError, match=r"q\.dtype=torch\.bfloat16: Triton's interp"):
+        serving.check_tensors(q, {"k_cache": k}, 4)
+    serving.check_tensors(q.half(), {"k_cache": k.half()}, 4)
+    monkeypatch.setattr(serving, "INTERPRETED", False)
+    monkeypatch.setattr(serving, "capability", lambda device: (9, 0))
+    serving.check_tensors(q, {"k_cache": k}, 4)
+
+
 def test_right_input_is_not_refused(interpreted):
     positional, arguments = call()
     out, lse = attn_ladder.attention_with_kvcache(*positional, **arguments, return_lse=True)

@@ -11,7 +11,7 @@ them:
     varlen    `attention_varlen`
 
 They check neither shapes nor values; the functions below do. CPU tensors run under Triton's
-interpreter only (TRITON_INTERPRET=1), there also in fp32.
+interpreter only (TRITON_INTERPRET=1), there in fp16 and fp32.
 """
 
 from __future__ import annotations
@@ -153,6 +153,11 @@ def check_tensors(q: Any, others: dict[str, Any], dims: int) -> None:
             raise error(f"{name}.dtype={x.dtype} must be torch.bfloat16 or torch.float16")
         if x.dtype != q.dtype:
             raise ValueError(f"{name}.dtype={x.dtype} must be that of q, {q.dtype}")
+        if x.dtype == torch.bfloat16 and INTERPRETED and x.device.type == "cpu":
+            raise NotImplementedError(
+                f"{name}.dtype={x.dtype}: Triton's interpreter computes with the bits of bf16 as "
+                "integers; use torch.float16 or torch.float32 on a CPU"
+            )
         if x.device != q.device:
             raise ValueError(f"{name}.device={x.device} must be that of q, {q.device}")
         if x.requires_grad and torch.is_grad_enabled():
