@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -199,6 +199,18 @@ class Evidence:
             if name == subject
         ]
         return (min(runs)[0], len({problem for _, problem in runs})) if runs else None
+
+    def views(self, subject: str, suites: Iterable[str]) -> tuple[int, int]:
+        """On how many problems of suites a subject was right, and on how many it was called, where
+        a call was on inputs with other strides."""
+        found = [
+            bool(right and right.value == 1)
+            for suite in suites
+            for (problem, name), value in self.all_of(suite, "strided").items()
+            if name == subject and value.value == 1
+            for right in [self.metric(suite, problem, subject, "correct")]
+        ]
+        return sum(found), len(found)
 
     def was_measured(self, suite: str, regime: str) -> bool:
         """Whether a suite was timed in a regime."""

@@ -432,6 +432,7 @@ def _in_use(evidence: Evidence) -> dict[str, str]:
         clean = evidence.speedup(suite, name, ours, REFERENCE_PEER, tidy_serving.CLEAN)
         if name != tidy_serving.SMALL:
             put(with_interval(clean, 3), "decode clean", word)
+            put(str(int(clean is not None)), "decode clean", word, "measured")
     pages = evidence.speedup(suite, MINIMUM, ours, tidy_serving.CONTIGUOUS)
     put(with_interval(pages, 3), "decode pages least")
     for name in ("right", "wrong"):

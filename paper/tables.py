@@ -1218,18 +1218,27 @@ def checks(evidence: Evidence) -> Table:
                 bound = evidence.metric(suite, problem.id, name, "bound")
                 if error and bound and bound.value:
                     worst = max(worst, error.value / bound.value)
-        runs = evidence.identical_runs(name)
+        runs, views = evidence.identical_runs(name), evidence.views(name, suites)
+        cells.append(f"{views[0]} of {views[1]}" if views[1] else "–")
         cells.append(f"{worst:.2f}" if worst else "–")
         cells.append(f"{runs[0]:.0f} on {runs[1]}" if runs else "–")
         rows.append([label(name), *cells])
     return Table(
-        ["", *(s.replace("_", " ") for s in suites), "worst error / bound", "identical runs"],
+        [
+            "",
+            *(s.replace("_", " ") for s in suites),
+            "views",
+            "worst error / bound",
+            "identical runs",
+        ],
         rows,
         ("Failed, which counts: " + "; ".join(failed) + ". " if failed else "")
-        + "Bound: twice the error of low-precision PyTorch against fp32, plus FA3's rounding term;"
-        " of each problem the call that errs most (scores that grow, whose bound is wide)."
+        + "Views: those of these problems on which a call was on inputs with other strides, and"
+        " what lies between them poisoned. Bound: twice the error of low-precision PyTorch against"
+        " fp32, plus FA3's rounding term; of each problem the call that errs most (scores that"
+        " grow, whose bound is wide)."
         " Identical runs: the fewest in a row that gave the same bits, on so many problems.",
-        align="l" + "r" * (len(suites) + 2),
+        align="l" + "r" * (len(suites) + 3),
         labels=1,
     )
 

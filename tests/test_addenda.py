@@ -13,6 +13,7 @@ from attn_profiling.cli import app
 from attn_profiling.promote import NotPromoted
 from attn_profiling.record import RecordError
 from attn_profiling.workflow import Plan, _recorded
+from paper import tables
 from paper.evidence import load
 
 NOTHING = {"check": [], "time": {"spaced": [], "sustained": []}, "host": [], "profile": []}
@@ -143,6 +144,40 @@ def test_a_check_that_failed_in_an_addendum_counts(runs, recorded):
     assert [i["reason"] for i in failed] == ["run later: run 449 differs"]
     edited(there, wrong)
     assert found()[0] == [1000, 1, 0]
+
+
+@pytest.mark.parametrize("before", [None, False, True])
+def test_strided_views_may_be_those_of_an_addendum(runs, recorded, before):
+    """Of a check that the recorded run made without; who was called on them there is its own."""
+
+    def recorded_with(data):
+        for row in data["results"]:
+            row["strided"] = before if row["subject"].startswith("stage") else None
+
+    edited(recorded / "check" / "smoke.json", recorded_with)
+    addenda.add(runs / "later", recorded)
+    synthetic.derive(recorded, recorded.parent / "results")
+    evidence = load(recorded.parent / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+    rows = tidy.tidy(recorded, "replay", synthetic.PROBLEMS).metrics
+    views = [r for r in rows if (r["suite"], r["metric"]) == ("smoke", "strided") and r["value"]]
+    assert {r["subject"] for r in views} >= {"stage1", "stage5"}
+    assert not any(r["subject"] in ("fa3", "cudnn") for r in views)
+    assert {r["run"] for r in views} == {"synthetic" if before else "later"}
+    assert evidence.views("stage5", ["smoke"]) == (3, 3)
+    assert evidence.views("fa3", ["smoke"]) == (0, 0)
+    edited(recorded / "addenda" / "later" / "check" / "smoke.json", unviewed)
+    synthetic.derive(recorded, recorded.parent / "results")
+    evidence = load(recorded.parent / "results", synthetic.PROBLEMS, synthetic.CONSTRAINTS)
+    assert evidence.views("stage5", ["smoke"]) == ((3, 3) if before else (0, 0))
+    table = tables.checks(evidence)
+    cells = {row[0]: row[table.header.index("views")] for row in table.rows}
+    assert cells["stage 5"] == ("10 of 10" if before else "7 of 7")  # the gate's are the addendum's
+    assert cells["FA3"] == "–"
+
+
+def unviewed(data):
+    for row in data["results"]:
+        row["strided"] = False
 
 
 def test_what_was_recorded_whole_is_not_replaced(runs, recorded):

@@ -81,6 +81,7 @@ def test_the_prose_has_its_numbers(evidence):
     assert found[r"\DecodeMeasured"] == found[r"\ModelMeasured"] == "1"
     assert found[r"\DecodeOverFaThreeSmall"].startswith("1.25")
     assert found[r"\DecodeCleanLarge"].startswith("1.15")
+    assert found[r"\DecodeCleanLargeMeasured"] == "1"
     assert found[r"\DecodeChecksWrong"] == "0" and found[r"\TokenTies"] == "1"
     assert found[r"\TokensBfloatOursPercent"] == "91.7"
     assert found[r"\TokensHalfOursPercent"] == "100.0"
@@ -94,6 +95,7 @@ def test_what_was_not_measured_says_so(without):
     found = numbers.numbers(without)
     assert found[r"\DecodeMeasured"] == found[r"\ModelMeasured"] == "0"
     assert found[r"\DecodeOverFaThreeSmall"] == found[r"\TokenPrompts"] == numbers.MISSING
+    assert found[r"\DecodeCleanLargeMeasured"] == found[r"\DecodeCleanLeastMeasured"] == "0"
     for name in ("decode", "tokens", "token_differences", "serving_speed"):
         assert tables.TABLES[name](without).is_empty, name
         assert "not measured in this run" in tables.latex(tables.TABLES[name](without), "stamp")

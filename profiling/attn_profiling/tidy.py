@@ -449,7 +449,7 @@ class Tidier:
 
     def checks(self) -> None:
         """Results of the recorded run; one that failed in an addendum counts as it was there, and
-        one that is stale gives way to that of an addendum."""
+        one that is stale gives way to that of an addendum. Strided views may be an addendum's."""
         again = self.checked_again()
         for path, data in self.run.checks:
             for result in data["results"]:
@@ -458,8 +458,10 @@ class Tidier:
                 failed = later if later.get("status") == "failed" else {}
                 if later and self._outdated(data, result):
                     self._checked(data, run, later, failed)
+                    self._views(data, (run, later))
                 elif not self._is_outdated(path, data, result):
                     self._checked(data, data["run"], result, failed)
+                    self._views(data, (data["run"], result), (run, later))
 
     def _checked(
         self, data: record.Record, run: str, result: dict[str, Any], failed: Mapping[str, Any]
@@ -478,7 +480,7 @@ class Tidier:
         for name in (
             "max_error", "reference_error", "bound", "lse_error", "unit_error",
             "unit_reference_error", "unit_bound", "unit_share", "allclose",
-            "strided", "identical_runs", "streams", "graph",
+            "identical_runs", "streams", "graph",
         ):  # fmt: skip
             value = result.get(name)
             if value is not None and name in ("identical_runs", "streams", "graph"):
@@ -486,6 +488,18 @@ class Tidier:
                 value = value if there is None else min(value, there)
             if value is not None:
                 self.metric(suite, problem, subject, NO_REGIME, name, "1", run, value=value)
+
+    def _views(self, data: record.Record, *results: tuple[str, dict[str, Any]]) -> None:
+        """The row that says whether one of (run, result), the first that has it, was on inputs with
+        other strides."""
+        known = [(run, result) for run, result in results if result.get("strided") is not None]
+        if known:
+            run, result = next((k for k in known if k[1]["strided"]), known[0])
+            problem = record.problem_of(result["problem"])
+            self.metric(
+                data["suite"], problem, result["subject"], NO_REGIME, "strided", "1", run,
+                value=result["strided"],
+            )  # fmt: skip
 
     def timings(self) -> None:
         for path, data in self.run.timings:
