@@ -11,7 +11,7 @@ import ast
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -1281,55 +1281,89 @@ def left_out(evidence: Evidence) -> Table:
     )
 
 
-def _replication_note(evidence: Evidence, row: Mapping[str, str]) -> str:
-    """The note of a comparison; where a kernel has changed, of which run."""
+def _replication_reason(evidence: Evidence, row: Mapping[str, str]) -> str:
+    """Why a comparison decides nothing, or what is lacking; where a kernel has changed, of which
+    run."""
     recorded = Path("timing", f"{row['suite']}.{row['regime']}.json").as_posix()
     stale = {(item["file"], item["what"]) for item in evidence.provenance["stale"]}
     run = row["recorded_run"] if (recorded, row["subject"]) in stale else row["run"]
-    why, _, rest = row["note"].partition("its kernel has changed since; ")
-    if rest:  # that the two kernels differ goes without saying
-        return f"{why}the kernel of run {run} has changed since; {rest.rpartition('median of ')[2]}"
-    return row["note"].replace("median of ", "")
+    parts = [part for part in row["note"].split("; ") if not part.startswith("median of ")]
+    if "its kernel has changed since" in parts:  # that the two kernels differ goes without saying
+        return f"the kernel of run {run} has changed since"
+    return "; ".join(parts)
+
+
+def _replication_cell(row: Mapping[str, str] | None) -> str:
+    """The change in percent with its interval; † where AMBIGUOUS, the word where FAIL."""
+    if row is None:
+        return ""
+    change = "–"
+    if row["change"]:
+        value, low, high = (100 * float(row[name]) for name in ("change", "low", "high"))
+        change = interval(Value(value, low, high), 2)
+    return change + {"PASS": "", "AMBIGUOUS": "†"}.get(row["verdict"], f" {row['verdict']}")
+
+
+def _once(cells: Iterable[str]) -> str:
+    """One cell of several: what is the same stands once."""
+    cells = list(cells)
+    return cells[0] if len(set(cells)) == 1 else "/".join(cells)
 
 
 def replication(evidence: Evidence) -> Table:
-    """The recorded ratios beside those of other runs."""
-    rows, rules, last = [], set(), None
+    """The recorded ratios, and how far those of other runs are from them."""
+    of: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
     for row in evidence.replications:
-        if last not in (None, (row["run"], row["suite"], row["regime"])):
-            rules.add(len(rows))
-        last = (row["run"], row["suite"], row["regime"])
-        change = "–"
-        if row["change"]:
-            value, low, high = (100 * float(row[name]) for name in ("change", "low", "high"))
-            change = interval(Value(value, low, high), 2)
-        told = f"{row['verdict']}: {_replication_note(evidence, row)}"
-        most = "–"
-        if row["most_change"]:
-            most = f"{100 * float(row['most_change']):+.2f} ({row['most_problem']})"
-        cells = [row["run"], row["suite"], row["regime"], label(row["subject"])]
-        rows.append([*cells, row["recorded"], row["fresh"], change, most, told])
+        of.setdefault((row["suite"], row["regime"], row["subject"]), {})[row["run"]] = row
+    runs = sorted({row["run"] for row in evidence.replications}, key=lambda run: (len(run), run))
+    keys = sorted(of, key=lambda key: key[:2])  # subjects stay in order
+    rows = []
+    for suite, regime, subject in keys:
+        found = of[suite, regime, subject]
+        here = [found[run] for run in runs if run in found]
+        counts = [re.sub(r".*median of (\d+) problems.*", r"\1", row["note"]) for row in here]
+        moved = [row for row in here if row["most_change"]]
+        most = max(moved, key=lambda row: abs(float(row["most_change"])), default=None)
+        rows.append(
+            [
+                suite, regime, label(subject), _once(counts), _once(row["recorded"] for row in here),
+                *(_replication_cell(found.get(run)) for run in runs),
+                f"{100 * float(most['most_change']):+.2f} ({most['most_problem']}, {most['run']})"
+                if most else "–",
+            ]
+        )  # fmt: skip
+    why = Counter(
+        (row["verdict"], reason)
+        for row in evidence.replications
+        if (reason := _replication_reason(evidence, row)) or row["verdict"] != "PASS"
+    )
+    told = "; ".join(f"{reason or verdict} ({n})" for (verdict, reason), n in sorted(why.items()))
     boards = {(r["run"], r["gpu_uuid"] == r["recorded_gpu_uuid"]) for r in evidence.replications}
     where = "; ".join(
-        f"run {run} is of {'the same' if same else 'another'} board" for run, same in sorted(boards)
+        f"run {run} is of {'the same' if same else 'another'} board"
+        for run, same in sorted(boards, key=lambda board: runs.index(board[0]))
     )
     tolerance = {f"{100 * float(r['tolerance']):g} %" for r in evidence.replications}
     note = (
         "Median over problems of FA3's GPU time over the subject's (cuDNN's where there is no FA3),"
-        " and the relative change of that ratio in percent, paired by problem, with its 95 %"
-        " interval; then the problem whose own ratio moved most. PASS: all of the interval within"
-        f" {', '.join(sorted(tolerance))}. {where}."
+        " and, by run, the relative change of that ratio in percent, paired by problem, with its"
+        " 95 % interval; then the problem whose own ratio moved most. It passes where all of the"
+        f" interval is within {', '.join(sorted(tolerance))}; † decides nothing (AMBIGUOUS)."
+        + (f" Reasons, of how many ratios: {told}." if told else "")
+        + f" By board: {where}."
     )
     if any(row["regime"] == "sustained" for row in evidence.replications):
         note += of_sustained(evidence)
+    groups = [key[:2] for key in keys]
     return Table(
-        "run/suite/regime/subject/recorded/again/change, %/most, %/verdict".split("/"),
+        ["suite", "regime", "subject", "problems", "recorded", *(f"{run}, %" for run in runs),
+         "most, %"],
         rows,
         note if rows else "No other run is kept.",
-        rules=frozenset(rules),
-        align="llllrrrrp{0.2\\linewidth}",
-        labels=4,
-    )
+        rules=frozenset(n for n in range(1, len(keys)) if groups[n] != groups[n - 1]),
+        align="lllrr" + "r" * len(runs) + "r",
+        labels=3,
+    )  # fmt: skip
 
 
 TABLES: dict[str, Callable[[Evidence], Table]] = {

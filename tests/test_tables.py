@@ -788,10 +788,32 @@ def test_a_stale_replication_names_its_run(evidence, monkeypatch):
         " problems",
     }  # fmt: skip
     monkeypatch.setattr(evidence, "replications", [row])
-    said = "AMBIGUOUS: the kernel of run r1 has changed since; 7 problems"
-    assert tables.replication(evidence).rows[0][-1] == said
+    table = tables.replication(evidence)
+    assert table.rows == [["gate", "spaced", "stage 3", "7", "0.9", "–†", "–"]]
+    assert "the kernel of run r1 has changed since (1)" in table.note
     stale = {"file": "timing/gate.spaced.json", "what": "stage3"}
     monkeypatch.setitem(evidence.provenance, "stale", [stale])
-    assert "the kernel of run r2 has changed" in tables.replication(evidence).rows[0][-1]
-    row["note"] = "median of 7 problems"
-    assert tables.replication(evidence).rows[0][-1] == "AMBIGUOUS: 7 problems"
+    assert "the kernel of run r2 has changed since (1)" in tables.replication(evidence).note
+    row["note"] = "median of 7 problems; not measured or inconclusive: gate-b1"
+    assert "not measured or inconclusive: gate-b1 (1)" in tables.replication(evidence).note
+
+
+def test_a_ratio_has_one_row_and_a_column_for_each_run(evidence, monkeypatch):
+    row = {
+        "run": "r10", "gpu_uuid": "a", "recorded_run": "r2", "recorded_gpu_uuid": "b",
+        "suite": "gate", "regime": "spaced", "subject": "stage3", "recorded": "0.900",
+        "fresh": "0.9", "change": "-0.001", "low": "-0.002", "high": "0.001",
+        "most_change": "0.003", "most_problem": "gate-b1", "tolerance": "0.025",
+        "verdict": "PASS", "note": "median of 7 problems",
+    }  # fmt: skip
+    other = row | {"run": "r9", "verdict": "FAIL", "most_change": "-0.05", "change": "0.04",
+                   "low": "0.03", "high": "0.05", "note": "median of 6 problems"}  # fmt: skip
+    alone = row | {"suite": "alone", "recorded": "1.100"}
+    monkeypatch.setattr(evidence, "replications", [row, alone, other])
+    table = tables.replication(evidence)
+    assert table.header[5:] == ["r9, %", "r10, %", "most, %"] and table.rules == {1}
+    assert table.rows[0][4:7] == ["1.100", "", "-0.10 [-0.20, 0.10]"]
+    assert table.rows[1][3:5] == ["6/7", "0.900"]  # in the order of the runs
+    failed, passed, most = table.rows[1][5:]
+    assert failed == "4.00 [3.00, 5.00] FAIL" and passed == "-0.10 [-0.20, 0.10]"
+    assert most == "-5.00 (gate-b1, r9)" and "FAIL (1)" in table.note
