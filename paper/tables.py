@@ -11,7 +11,7 @@ import ast
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -1304,9 +1304,8 @@ def _replication_cell(row: Mapping[str, str] | None) -> str:
     return change + {"PASS": "", "AMBIGUOUS": "†"}.get(row["verdict"], f" {row['verdict']}")
 
 
-def _once(cells: Iterable[str]) -> str:
+def _once(cells: Sequence[str]) -> str:
     """One cell of several: what is the same stands once."""
-    cells = list(cells)
     return cells[0] if len(set(cells)) == 1 else "/".join(cells)
 
 
@@ -1326,7 +1325,8 @@ def replication(evidence: Evidence) -> Table:
         most = max(moved, key=lambda row: abs(float(row["most_change"])), default=None)
         rows.append(
             [
-                suite, regime, label(subject), _once(counts), _once(row["recorded"] for row in here),
+                suite, regime, label(subject), _once(counts),
+                _once([row["recorded"] for row in here]),
                 *(_replication_cell(found.get(run)) for run in runs),
                 f"{100 * float(most['most_change']):+.2f} ({most['most_problem']}, {most['run']})"
                 if most else "–",
