@@ -1293,7 +1293,7 @@ def _replication_reason(evidence: Evidence, row: Mapping[str, str]) -> str:
     return "; ".join(parts)
 
 
-def _replication_cell(row: Mapping[str, str] | None) -> str:
+def _replication_cell(row: Mapping[str, Any] | None) -> str:
     """The change in percent with its interval; † where AMBIGUOUS, the word where FAIL."""
     if row is None:
         return ""
@@ -1311,7 +1311,7 @@ def _once(cells: Sequence[str]) -> str:
 
 def replication(evidence: Evidence) -> Table:
     """The recorded ratios, and how far those of other runs are from them."""
-    of: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
+    of: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
     for row in evidence.replications:
         of.setdefault((row["suite"], row["regime"], row["subject"]), {})[row["run"]] = row
     runs = sorted({row["run"] for row in evidence.replications}, key=lambda run: (len(run), run))
