@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from textwrap import shorten
+from typing import Any
 from typing import Annotated
 
 import typer
