@@ -243,8 +243,9 @@ def numbers(evidence: Evidence) -> dict[str, str]:
         "replication boards")  # fmt: skip
     put(str(len(again)), "replication ratios")
     put(str(sum(row["verdict"] == "PASS" for row in again)), "replication passed")
+    decide = [row for row in again if row["verdict"] != "AMBIGUOUS"]
     for column, word in (("change", "suite"), ("most_change", "problem")):
-        moved = [abs(float(row[column])) for row in again if row[column]]
+        moved = [abs(float(row[column])) for row in decide if row[column]]
         worst = Value(100 * max(moved)) if moved else None
         put(text(worst, 2), "replication worst", word, "percent")
     put(_replicated(evidence), "replicated")

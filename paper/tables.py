@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from textwrap import shorten
-from typing import Any
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -1234,8 +1233,9 @@ def checks(evidence: Evidence) -> Table:
         ],
         rows,
         ("Failed, which counts: " + "; ".join(failed) + ". " if failed else "")
-        + "Views: those of these problems on which a call was on inputs with other strides, and"
-        " what lies between them poisoned. Bound: twice the error of low-precision PyTorch against"
+        + "Views: those of these problems on which a call was on inputs with other strides, what"
+        " lies between them poisoned; where the recorded run made no such call, that of an added"
+        " run. Bound: twice the error of low-precision PyTorch against"
         " fp32, plus FA3's rounding term; of each problem the call that errs most (scores that"
         " grow, whose bound is wide)."
         " Identical runs: the fewest in a row that gave the same bits, on so many problems.",
@@ -1323,6 +1323,7 @@ def replication(evidence: Evidence) -> Table:
         here = [found[run] for run in runs if run in found]
         counts = [re.sub(r".*median of (\d+) problems.*", r"\1", row["note"]) for row in here]
         moved = [row for row in here if row["most_change"]]
+        moved = [row for row in moved if row["verdict"] != "AMBIGUOUS"] or moved
         most = max(moved, key=lambda row: abs(float(row["most_change"])), default=None)
         rows.append(
             [
@@ -1348,7 +1349,8 @@ def replication(evidence: Evidence) -> Table:
     note = (
         "Median over problems of FA3's GPU time over the subject's (cuDNN's where there is no FA3),"
         " and, by run, the relative change of that ratio in percent, paired by problem, with its"
-        " 95 % interval; then the problem whose own ratio moved most. It passes where all of the"
+        " 95 % interval; then the problem whose own ratio moved most, in the runs that decide, if"
+        " one does. a/b: by run, of those that have it. It passes where all of the"
         f" interval is within {', '.join(sorted(tolerance))}; † decides nothing (AMBIGUOUS)."
         + (f" Reasons, of how many ratios: {told}." if told else "")
         + f" By board: {where}."

@@ -399,6 +399,7 @@ class Maker:
                     "chosen": {} if problem.page_size else {"fa3": {"num_splits": 4}},
                     "clean_chosen": {} if problem.page_size else {"fa3": {"num_splits": 2}},
                     "tried": {} if problem.page_size else {"fa3": tried},
+                    "clean_tried": {} if problem.page_size else {"fa3": tried},
                     "left_out": {},
                     "attempts": [attempt],
                 }

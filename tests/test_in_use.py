@@ -45,6 +45,21 @@ def test_the_decode_table_has_every_shape_with_its_interval(evidence):
     assert float(large) == pytest.approx(1.10, abs=0.005)
     assert named["least"].startswith("1.")
     assert "Checks before: 12 right, 0 wrong." in table.note
+    assert "fastest for FA3 there in a short try; all else" in table.note
+
+
+def test_a_record_that_tried_nothing_behind_the_flush_that_reads_says_so(evidence, monkeypatch):
+    known = type(evidence).all_of
+
+    def without(self, suite, metric, only=None):
+        return {} if metric in lacking else known(self, suite, metric, only)
+
+    monkeypatch.setattr(type(evidence), "all_of", without)
+    lacking = ["tried_there"]
+    note = in_use.decode(evidence).note
+    assert "in a short try, and not measured again where the A/A pair was off; all else" in note
+    lacking = ["tried_there", "chosen_there"]
+    assert "with the same choice for FA3, and not measured again" in in_use.decode(evidence).note
 
 
 def test_the_token_tables_have_cases_and_first_differences(evidence):

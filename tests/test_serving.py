@@ -27,15 +27,24 @@ ENTRY = {"id": "x", "shape": SHAPE, "pages": [64], "chosen": None}
 
 
 class FakeTimer:
-    """A call takes as many microseconds as its name is long."""
+    """A call takes as many microseconds as its name is long; with `less_than`, as many less. Of FA3
+    `seen` has the number of splits that a subject of the last measurement asked for."""
+
+    def __init__(self, less_than=0):
+        self.less_than, self.rounds = less_than, []
 
     def measure(self, subjects, rounds, seed=0):
-        for call in subjects.values():
+        self.seen = {}
+        for name, call in subjects.items():
+            Module.asked = None
             call(seed)
+            self.seen[name] = Module.asked
+        self.rounds.append((len(subjects), rounds))
+        us = {name: abs(self.less_than - float(len(name))) for name in subjects}
         return {
             name: {
-                "gpu_us": [float(len(name))] * rounds, "sum_us": [float(len(name))] * rounds,
-                "event_us": [9.0] * rounds, "median_us": float(len(name)), "clock_mhz": None,
+                "gpu_us": [us[name]] * rounds, "sum_us": [us[name]] * rounds,
+                "event_us": [9.0] * rounds, "median_us": us[name], "clock_mhz": None,
                 "dry": 0, "kernels": [["a", 1.0], ["a", 1.0], ["b", 1.0]],
             }
             for name in subjects
@@ -43,13 +52,14 @@ class FakeTimer:
 
 
 def timers():
-    return {"samples": FakeTimer(), "clean": FakeTimer()}
+    return {"samples": FakeTimer(), "clean": FakeTimer(less_than=100)}
 
 
 class Module:
     """FA3's interface on the reference; off by `error`."""
 
     error = 0.0
+    asked = None
 
     def get_scheduler_metadata(self, *args, **kwargs):
         raise RuntimeError("not in this build")
@@ -59,6 +69,7 @@ class Module:
 
         if more:
             raise TypeError(f"unexpected {more}")
+        Module.asked = num_splits
         out, lse = attention_reference(q, k, v, causal=causal)
         return out.to(q.dtype) + self.error, lse
 
@@ -72,7 +83,11 @@ shape = sc.Shape(**t.SHAPE)
 pool = sc.Pool([shape], "fp16", "cpu")
 import torch
 torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None
-print(json.dumps(serving.measure(t.timers(), pool, t.Module(), t.ENTRY, 3, 0)))
+timers = t.timers()
+found = serving.measure(timers, pool, t.Module(), t.ENTRY, 3, 0)
+found["asked"] = {kind: timer.seen["fa3"] for kind, timer in timers.items()}
+found["rounds"] = {kind: timer.rounds for kind, timer in timers.items()}
+print(json.dumps(found))
 """
 
 
@@ -90,11 +105,20 @@ def test_the_worker_times_what_is_right_alone_and_in_pages():
     assert set(found["clean"]) == {"decode", "decode#2", "fa3", "fa3#2"}
     assert found["samples"]["decode"]["gpu_us"] == [6.0] * 3 and found["left_out"] == {}
     assert found["samples"]["fa3"]["kernels"] == {"a": 2, "b": 1}
-    # the shortest name of those that run is `auto`
-    assert found["chosen"] == {"samples": {}, "clean": {}}
-    failed = {str(row["config"]): row["message"] for row in found["tried"] if row["message"]}
-    assert "not in this build" in failed["{'metadata': True}"]
-    assert "unexpected" in failed["{'pack_gqa': True}"]
+    assert found["clean"]["decode"]["gpu_us"] == [94.0] * 3  # of the other timer
+    # behind one flush the shortest name of those that run, `auto`; behind the other a long one
+    chosen = found["chosen"]
+    assert chosen["samples"] == {} and chosen["clean"]["num_splits"] >= 1
+    assert found["asked"] == {"samples": 0, "clean": chosen["clean"]["num_splits"]}
+    for kind, tried in found["tried"].items():
+        failed = {str(row["config"]): row["message"] for row in tried if row["message"]}
+        assert "not in this build" in failed["{'metadata': True}"]
+        assert "unexpected" in failed["{'pack_gqa': True}"]
+        runs = [row for row in tried if row["gpu_us"] is not None]
+        finalists = [row for row in runs if row["final"]]
+        assert len(finalists) == 3 < len(runs) and chosen[kind] in [r["config"] for r in finalists]
+        first, final, last = found["rounds"][kind]
+        assert first == [len(runs), 5] and final == [3, 20] and last[1] == 3
 
 
 @pytest.fixture
@@ -172,7 +196,7 @@ def result(**changes):
         "samples": taken,
         "clean": clean,
         "chosen": CHOSEN,
-        "tried": [],
+        "tried": {},
         "left_out": {},
     }
     return {**found, "copy_bytes_per_s": 3e12, **changes}
@@ -282,6 +306,37 @@ def test_a_pair_that_is_off_is_measured_again_and_then_inconclusive(step):
     assert "A/A pair of fa3 differs by 5.00%" in row["attempts"][1]["message"]
     assert len(rows["decode-b1-h32-k8-d128-2k"]["attempts"]) == 1
     assert [len(ids) for _, ids in FakeWorker.begun] == [0, 2, 2, 1, 1]
+
+
+def test_a_pair_that_is_off_behind_the_other_flush_is_measured_again(step):
+    """What agreed before stays, and each flush counts by an attempt in which its pairs agree."""
+
+    def off(n, entry):
+        if "k3" not in entry["id"]:
+            return result()
+        if n <= 3:  # checks, and the two processes of the first attempt
+            return result(clean=result()["clean"] | {"fa3#2": samples(10.5)})
+        return result(samples=result()["samples"] | {"fa3#2": samples(12.6)})
+
+    data = step(off)
+    rows = {row["problem"]["id"]: row for row in data["problems"]}
+    row, other = rows["decode-b1-h9-k3-d64-512"], rows["decode-b1-h32-k8-d128-2k"]
+    assert [(a["ok"], a["clean_ok"]) for a in row["attempts"]] == [(True, False), (False, True)]
+    assert row["status"] == "ok" and len(other["attempts"]) == 1
+    assert "behind the flush that reads differs by 5.00%" in row["attempts"][0]["message"]
+
+
+def test_the_peer_may_be_left_out_behind_one_flush_only(step, on_cpu):
+    """Its samples behind the other are there, and the reason is of the one."""
+    entry = {**ENTRY, "chosen": {"samples": {}, "clean": None}}
+    found = serving.measure(timers(), on_cpu, Module(), entry, 3, 0)
+    assert "fa3" in found["samples"] and "fa3" not in found["clean"]
+    assert found["left_out"] == {"fa3, clean L2": "none of its configurations runs"}
+    data = step(lambda n, entry: result(left_out=found["left_out"], chosen=entry["chosen"]
+                                        or {"samples": {}, "clean": None}))  # fmt: skip
+    row = next(row for row in data["problems"] if row["chosen"])
+    assert row["left_out"] == found["left_out"] and row["clean_chosen"] == {}
+    assert row["status"] == "ok"
 
 
 def test_a_shape_that_loses_the_gpu_does_not_keep_the_others(step):
@@ -433,7 +488,8 @@ def test_the_tables_find_the_truth_of_decoding():
     assert not [r for r in speedups if r["problem"].endswith("-p256") and r["peer"] == "fa3"]
     metrics = [r for r in shared_rows("metrics.csv") if r["suite"] == "decode"]
     clean = [r for r in metrics if r["regime"] == CLEAN]
-    assert {r["metric"] for r in clean} == {"gpu_us", "aa_ratio", "conclusive", "chosen_there"}
+    told = {"gpu_us", "aa_ratio", "conclusive", "chosen_there", "tried_there"}
+    assert {r["metric"] for r in clean} == told
     metrics = [r for r in metrics if r["regime"] != CLEAN]
     size = 4 * 64 * 8192 * 8 * 128
     place = {"problem": "decode-b64-h32-k8-d128-8k", "subject": "decode", "statistic": "median"}
@@ -522,6 +578,14 @@ def test_a_pair_that_is_off_behind_the_flush_that_reads_leaves_out_that_regime_o
     assert medians(tables, "spaced") == WHOLE and medians(tables, CLEAN) == WITHOUT
     place = dict(problem=LOST, metric="conclusive", regime=CLEAN)
     assert one(tables.metrics, **place)["value"] == 0 and not tables.provenance["inconclusive"]
+    for row in data["problems"]:  # a later attempt, whose other pair is off
+        if row["problem"]["id"] == LOST:
+            again = row["attempts"][0] | {"attempt": 2, "ok": False, "clean_ok": True}
+            row["attempts"].append(again)
+    path.write_text(json.dumps(data))
+    tables = derived(maker)
+    assert medians(tables, "spaced") == medians(tables, CLEAN) == WHOLE
+    assert one(tables.metrics, **place)["value"] == 1 and not tables.provenance["inconclusive"]
 
 
 def test_a_wrong_check_and_an_error_are_told(maker):

@@ -31,9 +31,11 @@ CHECK_S = 200.0  # of all checks; one that has begun ends
 MODEL_S = 400.0
 SILENCE_S = 240.0
 TRY_ROUNDS = 5  # for each configuration of FA3
+FINALISTS, FINAL_ROUNDS = 3, 20  # of these, those timed again, and how often
 SEQUENCES = 4  # of a batch that are compared before it is timed
 OURS, PEER = "decode", "fa3"
 SAMPLES = ("samples", "clean")  # behind a flush that writes, behind one that reads
+PEER_BEHIND = {"samples": PEER, "clean": f"{PEER}, clean L2"}  # its name where it is left out
 SERIES = ("gpu_us", "sum_us", "event_us", "dry")
 LOST = ("illegal memory access", "unspecified launch failure")
 NO_MODEL = "not measured: no model named (config key `model`)"
@@ -119,23 +121,19 @@ def measure(
         if good(f"p{page}", paged, *stored):
             calls["samples"][f"p{page}"] = paged
         del stored
-    tried: list[dict[str, Any]] = []
-    chosen = entry["chosen"]
+    chosen, tried = dict(entry["chosen"] or {}), dict[str, list[dict[str, Any]]]()
     if isinstance(module, Exception):
         left_out[PEER] = sc._error(module)
     else:
-        if chosen is None:
-            found = {kind: choose(timers[kind], pool, module, shape) for kind in SAMPLES}
-            tried = found["samples"][1]
-            if all(config is not None for config, _ in found.values()):
-                chosen = {kind: config for kind, (config, _) in found.items()}
-        if chosen is None:
-            left_out[PEER] = "none of its configurations runs"
-        else:
-            for kind in SAMPLES:
-                peer = sc.fa3(module, pool, shape, chosen[kind])
-                if good(PEER, peer):
-                    calls[kind] |= {PEER: peer, f"{PEER}#2": peer}
+        for kind, name in PEER_BEHIND.items():
+            if not entry["chosen"]:
+                chosen[kind], tried[kind] = choose(timers[kind], pool, module, shape)
+            if chosen[kind] is None:
+                left_out[name] = "none of its configurations runs"
+                continue
+            peer = sc.fa3(module, pool, shape, chosen[kind])
+            if good(name, peer):
+                calls[kind] |= {PEER: peer, f"{PEER}#2": peer}
     torch.cuda.empty_cache()
     taken = {
         kind: {
@@ -149,7 +147,7 @@ def measure(
         }
         for kind in SAMPLES
     }
-    return {**taken, "chosen": chosen, "tried": tried, "left_out": left_out}
+    return {**taken, "chosen": chosen or None, "tried": tried, "left_out": left_out}
 
 
 def count(names: Any) -> dict[str, int]:
@@ -163,7 +161,10 @@ def count(names: Any) -> dict[str, int]:
 def choose(
     timer: Any, pool: Any, module: Any, shape: Any
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The peer's fastest configuration of those that run, and all that were tried."""
+    """The peer's fastest configuration of those that run, and all that were tried.
+
+    The fastest few are timed again, longer, before one is chosen.
+    """
     from attn_profiling import serving_check as sc
 
     configs, errors, candidates = sc.fa3_configs(shape), dict[str, str](), {}
@@ -173,12 +174,20 @@ def choose(
         except Exception as error:
             errors[name] = sc._error(error)
     found = timer.measure(sc.runnable(candidates, errors), TRY_ROUNDS)
+    first = sorted(found, key=lambda name: found[name]["median_us"])[:FINALISTS]
+    again = timer.measure({n: candidates[n] for n in first}, FINAL_ROUNDS) if first else {}
     us = {name: row["median_us"] for name, row in found.items()}
+    final = {name: row["median_us"] for name, row in again.items()}
     tried = [
-        {"config": knobs, "gpu_us": us.get(name), "message": errors.get(name)}
+        {
+            "config": knobs,
+            "gpu_us": final.get(name, us.get(name)),
+            "final": name in final,
+            "message": errors.get(name),
+        }
         for name, knobs in configs.items()
     ]
-    best = min(us, key=us.__getitem__, default=None)
+    best = min(final, key=final.__getitem__, default=None)
     return (None if best is None else configs[best]), tried
 
 
@@ -219,7 +228,7 @@ def work(part: str) -> None:
             broken = sc._broken(error)
             said = {OURS: sc._error(error)}
             empty: dict[str, Any] = {kind: {} for kind in SAMPLES}
-            result = {**empty, "chosen": None, "tried": [], "left_out": said}
+            result = {**empty, "chosen": None, "tried": {}, "left_out": said}
         reporter.send(result={**result, "copy_bytes_per_s": copy})
         if broken:  # nothing more runs in this process; another one goes on
             return
@@ -234,8 +243,8 @@ class Unit:
 
     problem: Problem
     paged: list[Problem]
-    chosen: dict[str, dict[str, Any]] | None = None  # of the peer, for each of `SAMPLES`
-    tried: list[dict[str, Any]] = field(default_factory=list)
+    chosen: dict[str, dict[str, Any] | None] | None = None  # of the peer, by `SAMPLES`
+    tried: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     attempts: list[dict[str, Any]] = field(default_factory=list)
 
@@ -254,6 +263,13 @@ class Unit:
         why = self.left_out.get(OURS, "")
         return why.startswith("wrong") or any(text in why for text in LOST)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether an attempt's A/A pairs agree, and one's behind the flush that only reads."""
+        return any(a["ok"] for a in self.attempts) and any(
+            a["clean_ok"] or not a["clean_aa_ratios"] for a in self.attempts
+        )
+
     def note(self, result: Mapping[str, Any]) -> None:
         """Carry what a process chose, and what it left out, to the others."""
         if self.chosen is None:
@@ -264,7 +280,8 @@ class Unit:
 
     def rows(self) -> list[dict[str, Any]]:
         """The problems as they stand in the record."""
-        found = [self._row(self.problem, {OURS: OURS, PEER: PEER}, "")]
+        names = {name: name for name in (OURS, *PEER_BEHIND.values())}
+        found = [self._row(self.problem, names, "")]
         return found + [self._row(p, {f"p{p.page_size}": OURS}, p.id) for p in self.paged]
 
     def _row(self, problem: Problem, names: Mapping[str, str], paged: str) -> dict[str, Any]:
@@ -280,16 +297,22 @@ class Unit:
                 row |= {"clean": {}, "aa_ratios": {}, "clean_aa_ratios": {}, "clean_ok": False}
             attempts.append(row)
         left_out = {names[n]: why for n, why in self.left_out.items() if n in names}
-        chosen = None if paged else self.chosen
+        chosen = {} if paged or not self.chosen else self.chosen
+        tried = {} if paged else self.tried
         return {
             "problem": problem_fields(problem),
-            "status": "ok" if self.attempts[-1]["ok"] else "inconclusive",
-            "chosen": {PEER: chosen["samples"]} if chosen else {},
-            "clean_chosen": {PEER: chosen["clean"]} if chosen else {},
-            "tried": {PEER: self.tried} if self.tried and not paged else {},
+            "status": "ok" if any(a["ok"] for a in self.attempts) else "inconclusive",
+            "chosen": _of_peer(chosen, "samples"),
+            "clean_chosen": _of_peer(chosen, "clean"),
+            "tried": _of_peer(tried, "samples"),
+            "clean_tried": _of_peer(tried, "clean"),
             "left_out": left_out,
             "attempts": attempts,
         }
+
+
+def _of_peer(found: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    return {} if found.get(kind) is None else {PEER: found[kind]}
 
 
 def units(problems: list[Problem]) -> list[Unit]:
@@ -316,16 +339,21 @@ def merge(attempt: int, results: list[dict[str, Any]], tolerance: float) -> dict
     ]
     if OURS not in samples:
         said.append(f"{OURS} was not measured in every process")
+    off = [
+        f"the A/A pair of {name} behind the flush that reads differs by {abs(ratio - 1):.2%}"
+        for name, ratio in twins.items()
+        if abs(ratio - 1) > tolerance
+    ]
     return {
         "attempt": attempt,
         "aa_ratios": ratios,
         "ok": not said,
-        "message": "; ".join(said) or None,
+        "message": "; ".join(said + off) or None,
         "copy_bytes_per_s": [r["copy_bytes_per_s"] for r in results],
         "samples": samples,
         "clean": clean,
         "clean_aa_ratios": twins,
-        "clean_ok": bool(twins) and all(abs(r - 1) <= tolerance for r in twins.values()),
+        "clean_ok": bool(twins) and not off,
     }
 
 
@@ -410,10 +438,10 @@ def run(settings: Settings, suite: str, out: Path) -> Record:
             unit.attempts.append(merged)
             if OURS in merged["samples"]:  # what failed before has worked in every process
                 unit.left_out.pop(OURS, None)
-            if not merged["ok"]:
+            if merged["message"]:
                 text = f"{unit.problem.id}, attempt {attempt}: {merged['message']}"
                 console.print(text, highlight=False, soft_wrap=True)
-        pending = [u for u in pending if not u.attempts[-1]["ok"] and not u.is_lost]
+        pending = [u for u in pending if not u.is_settled and not u.is_lost]
         if not pending:
             break
     rows = {row["problem"]["id"]: row for unit in planned for row in unit.rows()}

@@ -66,12 +66,16 @@ def decodes(tidier: Tidier) -> None:
             taken[problem] = samples
             _timed(tidier, data["suite"], problem, samples, attempt["copy_bytes_per_s"])
             _judged(tidier, data["suite"], problem, entry, samples, conclusive)
-            clean = {n: s for n, s in attempt.get("clean", {}).items() if n in samples}
-            agrees = conclusive and bool(attempt.get("clean_ok"))
+            there = next((a for a in (attempt, *attempts) if a.get("clean_ok")), attempt)
+            clean = {n: s for n, s in there.get("clean", {}).items() if n in samples}
+            agrees = conclusive and bool(there.get("clean_ok"))
             _clean(tidier, data["suite"], problem, clean, agrees)
             if PEER in clean and entry.get("clean_chosen"):
                 place = (data["suite"], problem, PEER, CLEAN)
                 tidier.metric(*place, "chosen_there", "1", value=1.0)
+                if entry.get("clean_tried"):
+                    count = float(len(entry["clean_tried"][PEER]))
+                    tidier.metric(*place, "tried_there", "1", value=count)
             for peer in _ratios(problem, samples, taken):
                 tried.setdefault(peer, []).append(problem)
             for regime, found, counts in (
